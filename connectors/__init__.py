@@ -1,0 +1,1 @@
+"""One file, one connector. See vlmzoo/connector.py for the contract."""
