@@ -1,0 +1,282 @@
+"""Runs and sweeps as data: dataclasses, read from YAML, changed by dotted overrides, refused with the nearest key."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from vlmzoo.registry import unknown
+
+T = TypeVar("T")
+
+Part = Literal["vision", "connector", "language"]
+
+
+class Template(StrEnum):
+    plain = "plain"  # LLaVA's stage 1: the human text is dropped
+    vicuna_v1 = "vicuna_v1"
+    chat = "chat"  # the tokenizer's own
+
+
+@dataclass
+class EncoderConfig:
+    """A vision encoder: a hub id, a directory, `world:NAME`, or a transformers config with random weights."""
+
+    name: str | None = None
+    config: dict[str, Any] | None = None
+    layer: int = -2  # index into its hidden states
+    image_size: int | None = None  # pixels a side; None: what the checkpoint was trained at
+
+
+@dataclass
+class ConnectorConfig:
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class LLMConfig:
+    """A causal language model, named as an encoder is. `tokenizer` is needed where `config` is given."""
+
+    name: str | None = None
+    config: dict[str, Any] | None = None
+    tokenizer: str | None = None  # None: the one beside the model
+
+
+@dataclass
+class DataConfig:
+    """LLaVA JSON and its image folder, or `world:NAME`."""
+
+    path: str
+    images: str | None = None  # None: `images/` beside the JSON
+    template: Template = Template.vicuna_v1
+    image_mode: Literal["square", "pad"] = "pad"  # centre crop, or expand to a square with the mean colour
+    limit: int | None = None  # only the first so many records
+    max_length: int = 2048  # tokens, visual ones included
+
+
+@dataclass
+class StageConfig:
+    """One stage of training. Parts without a learning rate are frozen."""
+
+    data: DataConfig
+    lr: dict[Part, float]
+    batch_size: int = 32
+    micro_batch_size: int | None = None  # None: the whole batch at once
+    steps: int | None = None
+    epochs: float | None = None  # where `steps` is not given; 0 of either skips the stage
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float | None = 1.0  # largest gradient norm
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class EvaluationConfig:
+    data: DataConfig
+    batch_size: int = 64
+    max_new_tokens: int = 16
+
+
+@dataclass
+class SeedConfig:
+    """Initialisation, data order and dropout are seeded apart."""
+
+    init: int = 0
+    data: int = 0
+    dropout: int = 0
+
+
+@dataclass
+class RunConfig:
+    """Everything that decides what a run computes; its hash names the trial."""
+
+    encoder: EncoderConfig
+    connector: ConnectorConfig
+    llm: LLMConfig
+    stages: dict[str, StageConfig]
+    evaluation: dict[str, EvaluationConfig] = field(default_factory=dict)
+    seed: SeedConfig = field(default_factory=SeedConfig)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    checkpoint_every: int = 200  # steps
+    threads: int | None = None  # CPU threads; None: torch's choice
+
+
+@dataclass
+class SweepConfig:
+    """A run, and what is varied over it: every combination is a trial."""
+
+    run: RunConfig
+    connectors: list[ConnectorConfig]
+    seeds: list[int]
+    encoders: list[EncoderConfig] = field(default_factory=list)  # empty: the run's own
+    llms: list[LLMConfig] = field(default_factory=list)
+
+    def trials(self) -> list[RunConfig]:
+        """Every combination as a run, seed by seed, so that an early table already compares all connectors."""
+        return [
+            dataclasses.replace(
+                self.run, encoder=encoder, llm=llm, connector=connector, seed=SeedConfig(seed, seed, seed)
+            )
+            for seed in self.seeds
+            for encoder in self.encoders or [self.run.encoder]
+            for llm in self.llms or [self.run.llm]
+            for connector in self.connectors
+        ]
+
+
+def parse(kind: type[T], values: object, where: str = "") -> T:
+    """A dataclass (or list, dict, scalar) of type `kind` from plain YAML values. A string where a dataclass with a
+    `name` or `path` is expected stands for that alone: `connector: mlp`.
+
+    Raises:
+        ValueError: an unknown key, a missing one, or a value of another type, with its dotted place.
+    """
+    return _parse(kind, values, where)
+
+
+def _parse(kind: Any, value: Any, where: str) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        return _parse(next(kind for kind in arguments if kind is not type(None)), value, where)
+    if dataclasses.is_dataclass(kind):
+        return _parse_dataclass(kind, value, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise unknown(f"value of {where}:", value, arguments)
+        return value
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise _mismatch(where, "a mapping", value)
+        keys, values = arguments
+        return {_parse(keys, key, where): _parse(values, item, f"{where}.{key}") for key, item in value.items()}
+    if origin is list:
+        if not isinstance(value, list):
+            raise _mismatch(where, "a list", value)
+        return [_parse(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if origin is tuple:
+        if not isinstance(value, list | tuple) or len(value) != len(arguments):
+            raise _mismatch(where, f"{len(arguments)} values", value)
+        return tuple(_parse(kind, item, where) for kind, item in zip(arguments, value, strict=True))
+    return _parse_scalar(kind, value, where)
+
+
+def _parse_dataclass(kind: Any, value: Any, where: str) -> Any:
+    fields = {item.name: item for item in dataclasses.fields(kind)}
+    if isinstance(value, str) and (short := next((key for key in ("name", "path") if key in fields), None)):
+        value = {short: value}
+    if not isinstance(value, Mapping):
+        raise _mismatch(where or kind.__name__, "a mapping", value)
+    for key in value:
+        if key not in fields:
+            raise unknown(f"key {_join(where, str(key))!r}:", key, fields)
+    hints = get_type_hints(kind)
+    given = {key: _parse(hints[key], item, _join(where, key)) for key, item in value.items()}
+    for key, item in fields.items():
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if required and key not in given:
+            raise ValueError(f"key {_join(where, key)!r} is missing; {kind.__name__} needs it")
+    return kind(**given)
+
+
+def _parse_scalar(kind: Any, value: Any, where: str) -> Any:
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise _mismatch(where, "true or false", value)
+        return value
+    if issubclass(kind, StrEnum):
+        if value not in list(kind):
+            raise unknown(f"value of {where}:", value, list(kind))
+        return kind(value)
+    if kind is str:
+        if not isinstance(value, str):
+            raise _mismatch(where, "a text", value)
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise _mismatch(where, f"a {kind.__name__}", value)
+    try:
+        number = kind(value)  # YAML reads 1e-3 as a string
+    except ValueError:
+        raise _mismatch(where, f"a {kind.__name__}", value) from None
+    if kind is int and number != float(value):
+        raise _mismatch(where, "a whole number", value)
+    return number
+
+
+def _mismatch(where: str, expected: str, value: object) -> ValueError:
+    return ValueError(f"key {where!r}: expected {expected}, got {value!r}")
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def load(kind: type[T], path: Path, overrides: Iterable[str] = ()) -> T:
+    """The dataclass in a YAML file, with `a.b=c` overrides applied first.
+
+    Raises:
+        ValueError: the file cannot be read or parsed, or holds what `parse` refuses; the message names the file.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    try:
+        for override in overrides:
+            values = _override(values, override)
+        return parse(kind, values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _override(values: Any, override: str) -> Any:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ValueError(f"override {override!r}: expected KEY=VALUE, such as stages.finetune.steps=100")
+    *parents, last = key.split(".")
+    place = values = {} if values is None else values
+    for depth, parent in enumerate(parents):
+        if isinstance(place, dict) and isinstance(place.get(parent), str):
+            place[parent] = {"path" if parent == "data" else "name": place[parent]}  # `connector: mlp` is short
+        if not isinstance(place, dict):
+            raise ValueError(f"override {override!r}: {'.'.join(parents[:depth])!r} is no mapping")
+        place = place.setdefault(parent, {})
+    if not isinstance(place, dict):
+        raise ValueError(f"override {override!r}: {'.'.join(parents)!r} is no mapping")
+    place[last] = yaml.safe_load(text)
+    return values
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain values with every default written out, as `parse` reads them back."""
+    plain = json.loads(json.dumps(dataclasses.asdict(config), allow_nan=False))
+    assert isinstance(plain, dict)
+    return plain
+
+
+def dump(config: Any) -> str:
+    """The configuration as YAML, every default written out."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def config_hash(config: Any) -> str:
+    """Twelve hexadecimal digits that change with any value of the configuration."""
+    text = json.dumps(to_dict(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
