@@ -2,11 +2,39 @@
 
 from __future__ import annotations
 
+import math
+from typing import Literal, TypedDict, Unpack, overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 BACKENDS = ("auto", "eager", "sdpa")
+
+
+class Options(TypedDict, total=False):
+    """The keywords of `latent_attention` that don't change what it returns."""
+
+    k2: Tensor | None
+    v2: Tensor | None
+    kv_lens: Tensor | None
+    cu_seqlens_k: Tensor | None
+    max_seqlen_k: int | None
+    mask: Tensor | None
+    scale: float | None
+    backend: str
+
+
+@overload
+def latent_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **options: Unpack[Options]
+) -> Tensor: ...
+
+
+@overload
+def latent_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[Options]
+) -> tuple[Tensor, Tensor]: ...
 
 
 def latent_attention(
@@ -51,7 +79,8 @@ def latent_attention(
         k, v = (tensor.masked_fill(~real[:, None, :, None], 0) for tensor in (k, v))  # 0 * NaN would be NaN
         real = F.pad(real, (0, 0 if k2 is None else k2.shape[2]), value=True)[:, None, None]
         mask = real if mask is None else real & mask
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[-1])
     if name == "sdpa":
         return _sdpa(q, k, v, k2, v2, mask, scale)
     out, lse = _eager(q, k, v, k2, v2, mask, scale)

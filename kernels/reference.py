@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,8 @@ def attention(
     Keys that a sample does not have are left out by their index, one sample at a time.
     """
     batch, heads, num_queries, dim = q.shape
-    scale = dim**-0.5 if scale is None else scale
+    if scale is None:
+        scale = 1 / math.sqrt(dim)
     outputs, lses = [], []
     for row in range(batch):
         if cu_seqlens_k is not None:
