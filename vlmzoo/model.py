@@ -289,6 +289,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             position_ids = positions(attention_mask, input_ids.shape[1])
         columns = None
         if labels is not None:
+            use_cache = bool(use_cache)  # a cache is the LLM's default, and of no use in training
             columns = (labels[:, 1:] != IGNORE).any(0).nonzero().squeeze(1)
             logits_to_keep = columns
         output = self.language(
