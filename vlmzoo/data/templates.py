@@ -1,0 +1,196 @@
+"""Conversations -> token ids and which of them are targets, by the spans of the answers in the text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from vlmzoo.config import Template
+from vlmzoo.data.records import IMAGE_TOKEN, Turn
+
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+CAPTION_INSTRUCTION = "A short image description:"
+"""What connectors that read the instruction get with `plain`, whose human text is dropped. One of InstructBLIP's."""
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as the LLM reads it."""
+
+    text: str
+    targets: tuple[Span, ...]  # what it shall say, end markers included
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    input_ids: list[int]
+    supervised: list[bool]
+
+
+def encode_conversation(
+    turns: Sequence[Turn], template: Template, tokenizer: PreTrainedTokenizerBase, *, generation: bool = False
+) -> Tokenised:
+    """The conversation's ids, with one `<image>` an image, and which of them are supervised.
+
+    The text is tokenised once, as a whole; a token is supervised if it shares a character with a target. Texts are
+    data: one that holds a special token of the tokenizer, such as `</s>`, is refused.
+
+    Args:
+        generation: leave the last answer out and end with the prompt for it. No token is supervised then.
+
+    Raises:
+        ValueError: turns that the template cannot express.
+    """
+    _refuse_special_tokens(turns, tokenizer)
+    if generation and turns[-1].role == "gpt":
+        turns = turns[:-1]
+    rendered = render(turns, template, tokenizer, generation=generation)
+    encoded = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids: list[int] = encoded["input_ids"]
+    special = set(special_tokens(tokenizer).values())
+    supervised, previous = [], 0
+    for token, (start, end) in zip(ids, encoded["offset_mapping"], strict=True):
+        start = previous if start == end else start  # byte-level tokenizers trim the space that such a token is
+        supervised.append(any(_overlaps(start, end, span, token in special) for span in rendered.targets))
+        previous = end
+    begin = _begin(tokenizer)
+    if ids[:1] != begin:  # a chat template may have written it
+        ids, supervised = [*begin, *ids], [False] * len(begin) + supervised
+    return Tokenised(ids, [False] * len(ids) if generation else supervised)
+
+
+def _overlaps(start: int, end: int, target: Span, special: bool) -> bool:
+    """Whether a token shares a character with a target; an inserted one of no width belongs to what follows it.
+
+    A special token that begins before the target has only swallowed the space after it.
+    """
+    if start < target[0] and special:
+        return False
+    return start < target[1] and (end > target[0] or start == end == target[0])
+
+
+def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer begins every text with: its BOS, or nothing."""
+    ids = tokenizer("")["input_ids"]
+    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
+
+
+def _refuse_special_tokens(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> None:
+    special = special_tokens(tokenizer)
+    for turn in turns:
+        text = turn.text.replace(IMAGE_TOKEN, "") if turn.role == "human" else turn.text
+        if found := next((token for token in special if token in text), None):
+            raise ValueError(f"a {turn.role} turn holds {found!r}, a special token of the tokenizer: take it out")
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The texts that the tokenizer turns into special tokens wherever they stand, and their ids."""
+    return {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def stop_token_ids(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: the EOS, and what a chat template writes after an answer."""
+    stops = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    if template is Template.chat:
+        rendered = _chat((Turn("human", "question"), Turn("gpt", "answer")), tokenizer, generation=False)
+        answered = rendered.text[: rendered.targets[-1][1]]
+        stops |= {index for token, index in special_tokens(tokenizer).items() if answered.endswith(token)}
+    return sorted(stops)
+
+
+def render(
+    turns: Sequence[Turn], template: Template, tokenizer: PreTrainedTokenizerBase, *, generation: bool = False
+) -> Rendered:
+    """The conversation's text in a template, without the tokenizer's own BOS."""
+    if template is Template.plain:
+        return _plain(turns, generation)
+    turns = [Turn(turn.role, _images_first(turn.text)) for turn in turns]
+    if template is Template.vicuna_v1:
+        return _vicuna(turns, tokenizer)
+    return _chat(turns, tokenizer, generation)
+
+
+def instruction_texts(turns: Sequence[Turn], template: Template) -> list[str]:
+    """For each image the human turn that holds its `<image>`, without it."""
+    if template is Template.plain:
+        return [CAPTION_INSTRUCTION for turn in turns for _ in range(turn.text.count(IMAGE_TOKEN))]
+    return [turn.text.replace(IMAGE_TOKEN, "").strip() for turn in turns for _ in range(turn.text.count(IMAGE_TOKEN))]
+
+
+def _images_first(text: str) -> str:
+    num_images = text.count(IMAGE_TOKEN)
+    if not num_images:
+        return text
+    return (f"{IMAGE_TOKEN}\n" * num_images + text.replace(IMAGE_TOKEN, "").strip()).strip()
+
+
+def _plain(turns: Sequence[Turn], generation: bool) -> Rendered:
+    """`<image>`, then the caption and a line break as the target; no EOS.
+
+    Source: Liu et al., Visual Instruction Tuning (2023), section 4.2; `preprocess_plain` in LLaVA's code.
+    """
+    images = IMAGE_TOKEN * turns[0].text.count(IMAGE_TOKEN)
+    if not images or len(turns) != (1 if generation else 2):
+        raise ValueError(
+            f"template plain takes one human turn with {IMAGE_TOKEN} and one answer, got {len(turns)} turns"
+        )
+    if generation:
+        return Rendered(images, ())
+    text = f"{images}{turns[1].text}\n"
+    return Rendered(text, ((len(images), len(text)),))
+
+
+def _vicuna(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Rendered:
+    """Source: Chiang et al., Vicuna (2023); `conv_vicuna_v1` in LLaVA's code."""
+    text, targets = f"{VICUNA_SYSTEM} ", []
+    for turn in turns:
+        if turn.role == "human":
+            text += f"USER: {turn.text} ASSISTANT:"
+        else:
+            start = len(text)  # the space is the answer's: a prompt to generate from ends with the colon
+            text += f" {turn.text}{tokenizer.eos_token}"
+            targets.append((start, len(text)))
+    return Rendered(text, tuple(targets))
+
+
+def _chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, generation: bool) -> Rendered:
+    """The tokenizer's own template. An answer is what it writes after the prompt for that answer."""
+    text = _apply(turns, tokenizer, generation)
+    targets = []
+    for index, turn in enumerate(turns):
+        if turn.role == "human":
+            continue
+        start = _apply(turns[:index], tokenizer, True)
+        end = _apply(turns[: index + 1], tokenizer, False)
+        if not (text.startswith(end) and end.startswith(start)):
+            raise ValueError(
+                f"the chat template writes turn {index} another way once others follow: its targets are unknown"
+            )
+        targets.append((len(start), len(start) + len(_until_end_marker(end[len(start) :], tokenizer))))
+    return Rendered(text, tuple(targets))
+
+
+def _apply(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, prompt: bool) -> str:
+    roles = {"human": "user", "gpt": "assistant"}
+    messages = [{"role": roles[turn.role], "content": turn.text} for turn in turns]
+    # Templates of models that think take `enable_thinking`; answers in the data come without thoughts.
+    options: dict[str, Any] = {"add_generation_prompt": prompt, "enable_thinking": False}
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses the conversation ({error})") from None
+
+
+def _until_end_marker(answer: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The answer without the space that a template writes between its end marker and the next turn."""
+    stripped = answer.rstrip()
+    return stripped if stripped.endswith(tuple(special_tokens(tokenizer))) else answer
