@@ -25,11 +25,12 @@ def image_path(folder: Path, name: str, where: str) -> Path:
     """
     try:
         path = (folder / name).resolve()
+        found = path.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # a name too long, a NUL in it, links in a circle
         raise ImageError(f"{where}: image {name!r} is no usable path ({error})") from None
     if not path.is_relative_to(folder):
         raise ImageError(f"{where}: image {name!r} lies outside the image folder {folder}")
-    if not path.is_file():
+    if not found:
         raise ImageError(f"{where}: image {name!r} is not in {folder}")
     return path
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from vlmzoo.config import Template
 from vlmzoo.connector import Grid, ImageLayout
 from vlmzoo.data.records import IMAGE_TOKEN, Record, RecordError
-from vlmzoo.data.templates import encode_conversation, instruction_texts
+from vlmzoo.data.templates import instruction_texts, special_tokens
+from vlmzoo.data.tokens import encode_conversation
 
 IGNORE = -100
 
@@ -55,7 +56,7 @@ class SampleBuilder:
         name = f"tokenizer {self.tokenizer.name_or_path or type(self.tokenizer).__name__}"
         if not self.tokenizer.is_fast:
             raise ValueError(f"{name} gives no character offsets; expected a fast tokenizer (tokenizer.json)")
-        if (found := self.tokenizer.added_tokens_encoder.get(IMAGE_TOKEN)) != self.image_token_id:
+        if (found := special_tokens(self.tokenizer).get(IMAGE_TOKEN)) != self.image_token_id:
             raise ValueError(f"{name}: {IMAGE_TOKEN} has id {found}, the model expects {self.image_token_id}")
         if self.tokenizer.pad_token_id is None:
             raise ValueError(f"{name} has no pad token; set its pad_token")

@@ -1,4 +1,4 @@
-"""Conversations -> token ids and which of them are targets, by the spans of the answers in the text."""
+"""Conversations -> the text that the LLM reads, and the spans of it that are targets."""
 
 from __future__ import annotations
 
@@ -27,95 +27,25 @@ class Rendered:
     """A conversation as the LLM reads it."""
 
     text: str
-    targets: tuple[Span, ...]  # what it shall say, end markers included
-
-
-@dataclass(frozen=True)
-class Tokenised:
-    input_ids: list[int]
-    supervised: list[bool]
-
-
-def encode_conversation(
-    turns: Sequence[Turn], template: Template, tokenizer: PreTrainedTokenizerBase, *, generation: bool = False
-) -> Tokenised:
-    """The conversation's ids, with one `<image>` an image, and which of them are supervised.
-
-    The text is tokenised once, as a whole; a token is supervised if it shares a character with a target. Texts are
-    data: one that holds a special token of the tokenizer, such as `</s>`, is refused.
-
-    Args:
-        generation: leave the last answer out and end with the prompt for it. No token is supervised then.
-
-    Raises:
-        ValueError: turns that the template cannot express.
-    """
-    _refuse_special_tokens(turns, tokenizer)
-    if generation and turns[-1].role == "gpt":
-        turns = turns[:-1]
-    rendered = render(turns, template, tokenizer, generation=generation)
-    encoded = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids: list[int] = encoded["input_ids"]
-    special = set(special_tokens(tokenizer).values())
-    supervised, previous = [], 0
-    for token, (start, end) in zip(ids, encoded["offset_mapping"], strict=True):
-        start = previous if start == end else start  # byte-level tokenizers trim the space that such a token is
-        supervised.append(any(_overlaps(start, end, span, token in special) for span in rendered.targets))
-        previous = end
-    begin = _begin(tokenizer)
-    if ids[:1] != begin:  # a chat template may have written it
-        ids, supervised = [*begin, *ids], [False] * len(begin) + supervised
-    return Tokenised(ids, [False] * len(ids) if generation else supervised)
-
-
-def _overlaps(start: int, end: int, target: Span, special: bool) -> bool:
-    """Whether a token shares a character with a target; an inserted one of no width belongs to what follows it.
-
-    A special token that begins before the target has only swallowed the space after it.
-    """
-    if start < target[0] and special:
-        return False
-    return start < target[1] and (end > target[0] or start == end == target[0])
-
-
-def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer begins every text with: its BOS, or nothing."""
-    ids = tokenizer("")["input_ids"]
-    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
-
-
-def _refuse_special_tokens(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> None:
-    special = special_tokens(tokenizer)
-    for turn in turns:
-        text = turn.text.replace(IMAGE_TOKEN, "") if turn.role == "human" else turn.text
-        if found := next((token for token in special if token in text), None):
-            raise ValueError(f"a {turn.role} turn holds {found!r}, a special token of the tokenizer: take it out")
-
-
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The texts that the tokenizer turns into special tokens wherever they stand, and their ids."""
-    return {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-
-
-def stop_token_ids(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: the EOS, and what a chat template writes after an answer."""
-    stops = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
-    if template is Template.chat:
-        rendered = _chat((Turn("human", "question"), Turn("gpt", "answer")), tokenizer, generation=False)
-        answered = rendered.text[: rendered.targets[-1][1]]
-        stops |= {index for token, index in special_tokens(tokenizer).items() if answered.endswith(token)}
-    return sorted(stops)
+    targets: tuple[Span, ...]  # what it shall say, end markers included; a prompt has none
 
 
 def render(
     turns: Sequence[Turn], template: Template, tokenizer: PreTrainedTokenizerBase, *, generation: bool = False
 ) -> Rendered:
-    """The conversation's text in a template, without the tokenizer's own BOS."""
+    """The conversation's text in a template, without the tokenizer's own BOS.
+
+    Args:
+        generation: the turns end with a human one; end with the prompt for its answer.
+
+    Raises:
+        ValueError: turns that the template cannot express.
+    """
     if template is Template.plain:
         return _plain(turns, generation)
     turns = [Turn(turn.role, _images_first(turn.text)) for turn in turns]
     if template is Template.vicuna_v1:
-        return _vicuna(turns, tokenizer)
+        return _vicuna(turns, tokenizer, generation)
     return _chat(turns, tokenizer, generation)
 
 
@@ -149,7 +79,7 @@ def _plain(turns: Sequence[Turn], generation: bool) -> Rendered:
     return Rendered(text, ((len(images), len(text)),))
 
 
-def _vicuna(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Rendered:
+def _vicuna(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, generation: bool) -> Rendered:
     """Source: Chiang et al., Vicuna (2023); `conv_vicuna_v1` in LLaVA's code."""
     text, targets = f"{VICUNA_SYSTEM} ", []
     for turn in turns:
@@ -159,12 +89,14 @@ def _vicuna(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Render
             start = len(text)  # the space is the answer's: a prompt to generate from ends with the colon
             text += f" {turn.text}{tokenizer.eos_token}"
             targets.append((start, len(text)))
-    return Rendered(text, tuple(targets))
+    return Rendered(text, () if generation else tuple(targets))
 
 
 def _chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, generation: bool) -> Rendered:
     """The tokenizer's own template. An answer is what it writes after the prompt for that answer."""
     text = _apply(turns, tokenizer, generation)
+    if generation:
+        return Rendered(text, ())
     targets = []
     for index, turn in enumerate(turns):
         if turn.role == "human":
@@ -173,9 +105,12 @@ def _chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, generation:
         end = _apply(turns[: index + 1], tokenizer, False)
         if not (text.startswith(end) and end.startswith(start)):
             raise ValueError(
-                f"the chat template writes turn {index} another way once others follow: its targets are unknown"
+                f"the chat template is not prefix-stable: it writes turn {index} otherwise within the whole"
             )
-        targets.append((len(start), len(start) + len(_until_end_marker(end[len(start) :], tokenizer))))
+        answer = end[len(start) :]
+        if turn.text.strip() not in answer:
+            raise ValueError(f"the chat template changes the answer of turn {index}: {turn.text!r} to {answer!r}")
+        targets.append((len(start), len(start) + len(_until_end_marker(answer, tokenizer))))
     return Rendered(text, tuple(targets))
 
 
@@ -194,3 +129,8 @@ def _until_end_marker(answer: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The answer without the space that a template writes between its end marker and the next turn."""
     stripped = answer.rstrip()
     return stripped if stripped.endswith(tuple(special_tokens(tokenizer))) else answer
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The texts that the tokenizer turns into special tokens wherever they stand, and their ids."""
+    return {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
