@@ -41,6 +41,7 @@ class EncoderConfig:
 class ConnectorConfig:
     name: str
     options: dict[str, Any] = field(default_factory=dict)
+    plugin: str | None = None  # SHA-256 of the plugin file that registers it; filled in when the run is resolved
 
 
 @dataclass

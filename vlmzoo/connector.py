@@ -88,8 +88,8 @@ class FeatureMap:
     cls: Tensor | None = None  # (crops, vision_dim)
     cls_attention: Tensor | None = None  # (crops, heads, patches)
 
-    @classmethod
-    def dense(cls, values: Tensor, grid: Grid, **extra: Tensor | None) -> FeatureMap:
+    @staticmethod
+    def dense(values: Tensor, grid: Grid, cls: Tensor | None = None, cls_attention: Tensor | None = None) -> FeatureMap:
         """A map whose crops all have the same grid.
 
         Raises:
@@ -98,7 +98,7 @@ class FeatureMap:
         if values.shape[1] != grid[0] * grid[1]:
             raise ValueError(f"{values.shape[1]} patches do not fill a grid of {grid[0]} x {grid[1]}")
         mask = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
-        return cls(values, (grid,) * len(values), mask, **extra)
+        return FeatureMap(values, (grid,) * len(values), mask, cls, cls_attention)
 
 
 @dataclass
@@ -146,8 +146,8 @@ class LayerContext:
     A layer keeps keys and values it computed from the memory in `cache` under itself; decoding reuses them.
     """
 
-    memory: Tensor  # (batch, images, memory_tokens, memory_dim), padded
-    memory_mask: Tensor  # (batch, images, memory_tokens), True where real
+    memory: Tensor | None  # (batch, images, memory_tokens, memory_dim), padded; None: the whole batch has no image
+    memory_mask: Tensor | None  # (batch, images, memory_tokens), True where real
     image_of_token: Tensor  # (batch, length), index of the last image at or before each token; -1: none
     cache: dict[nn.Module, tuple[Tensor, Tensor]] | None = None  # None: keep nothing (training)
 

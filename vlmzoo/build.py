@@ -1,0 +1,254 @@
+"""Names and configurations -> parts. Nothing else touches a registry."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import pkgutil
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from vlmzoo.config import ConnectorConfig, DataConfig, EncoderConfig, LLMConfig, RunConfig
+from vlmzoo.connector import Connector, TextSpec, TokenConnector, TokenConnectorAdapter, VisionSpec, connectors
+
+IMAGE_TOKEN = "<image>"
+ENTRY_POINTS = "vlmzoo.connectors"
+
+_plugins: dict[str, dict[str, str]] = {}  # connector -> the plugin file that registered it
+_loaded: set[str] = set()  # hashes of loaded plugin files, and "built in"
+
+
+def load_connectors(plugins: Sequence[Path] = ()) -> None:
+    """Registers the connectors of this repository, of installed packages, and of the plugin files.
+
+    Raises:
+        ValueError: a plugin that cannot be loaded, or registers nothing, or a name twice.
+    """
+    if "built in" not in _loaded:
+        package = importlib.import_module("vlmzoo.connectors")
+        for module in pkgutil.iter_modules(package.__path__):
+            if not module.name.startswith("_"):
+                importlib.import_module(f"vlmzoo.connectors.{module.name}")
+        _loaded.add("built in")
+        for entry in metadata.entry_points(group=ENTRY_POINTS):
+            entry.load()
+    for plugin in plugins:
+        _load_plugin(Path(plugin))
+
+
+def _load_plugin(file: Path) -> list[str]:
+    try:
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ValueError(f"plugin {file}: cannot be read ({error.strerror})") from None
+    if digest in _loaded:
+        return [name for name, plugin in _plugins.items() if plugin["sha256"] == digest]
+    before = set(connectors.names())
+    module = f"vlmzoo_plugin_{digest[:12]}"
+    spec = importlib.util.spec_from_file_location(module, file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"plugin {file}: not a Python file")
+    sys.modules[module] = loaded = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(loaded)
+    except Exception as error:  # whatever a user's file raises is reported as one line, with nothing left behind
+        del sys.modules[module]
+        connectors.remove(set(connectors.names()) - before)
+        raise ValueError(f"plugin {file}: {type(error).__name__}: {error}") from error
+    names = sorted(set(connectors.names()) - before)
+    if not names:
+        raise ValueError(f"plugin {file}: registers no connector; decorate a class with @register(NAME)")
+    _plugins.update({name: {"file": file.name, "sha256": digest} for name in names})
+    _loaded.add(digest)
+    return names
+
+
+def connectors_of(file: Path) -> list[str]:
+    """The names that a plugin file registers."""
+    load_connectors()
+    return _load_plugin(file)
+
+
+def plugin_of(name: str) -> dict[str, str] | None:
+    """The file name and SHA-256 of the plugin that registered a connector; None: no plugin did."""
+    return _plugins.get(name)
+
+
+def check_plugin(name: str, plugin: Mapping[str, str] | None) -> None:
+    """Refuses a saved model whose connector came from a plugin that is not loaded."""
+    load_connectors()
+    if plugin is None:
+        return
+    if name not in connectors.names():
+        raise ValueError(f"connector {name!r} comes from the plugin {plugin['file']}: pass --plugin {plugin['file']}")
+    if plugin_of(name) != plugin:
+        warnings.warn(f"connector {name!r}: {plugin['file']} is not the file that it was saved with", stacklevel=2)
+
+
+def resolve(run: RunConfig) -> RunConfig:
+    """The run with every option of its connector written out, and the hash of the plugin that it comes from."""
+    plugin = plugin_of(run.connector.name)
+    options = connector_options(run.connector)
+    chosen = dataclasses.replace(run.connector, options=options, plugin=plugin["sha256"] if plugin else None)
+    return dataclasses.replace(run, connector=chosen)
+
+
+def connector_options(config: ConnectorConfig) -> dict[str, Any]:
+    """A connector's options with every default written out."""
+    load_connectors()
+    return connectors.resolve(config.name, config.options)
+
+
+def connector(
+    name: str, options: Mapping[str, Any], *, vision: VisionSpec, text: TextSpec, seed: int | None = None
+) -> Connector:
+    """A new connector; with a seed, initialised from it and leaving torch's generator as it was.
+
+    Raises:
+        ValueError: an unknown name or option, or sizes that the connector refuses.
+    """
+    load_connectors()
+    provided = {"vision_dim": vision.hidden_size, "text_dim": text.hidden_size, "vision": vision, "text": text}
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        try:
+            part = connectors.create(name, options, provided)
+        except (TypeError, ZeroDivisionError) as error:
+            raise ValueError(f"connector {name!r} with {dict(options)}: {error}") from error
+    return TokenConnectorAdapter(part) if isinstance(part, TokenConnector) else part
+
+
+def text_spec(config: PreTrainedConfig) -> TextSpec:
+    """What connectors may know of an LLM, read from its configuration."""
+    config = config.get_text_config()
+    norm = next((getattr(config, key) for key in ("rms_norm_eps", "layer_norm_eps") if hasattr(config, key)), 1e-5)
+    return TextSpec(
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        norm_eps=norm,
+        intermediate_size=getattr(config, "intermediate_size", 4 * config.hidden_size),
+        vocab_size=config.vocab_size,
+    )
+
+
+def vision(config: EncoderConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The vision tower: pretrained by name, or random from a configuration and a seed."""
+    if config.config is not None:
+        return _random(AutoModel, config.config, "encoder", seed, dtype)
+    source = _source(config.name, "encoder")
+    whole = _read(AutoConfig.from_pretrained, source, "encoder")
+    part = getattr(whole, "vision_config", whole)
+    return _pretrained(AutoModel, source, part, "encoder", dtype)
+
+
+def language(config: LLMConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The causal LM: pretrained by name, or random from a configuration and a seed."""
+    if config.config is not None:
+        return _random(AutoModelForCausalLM, config.config, "llm", seed, dtype)
+    source = _source(config.name, "llm")
+    return _pretrained(AutoModelForCausalLM, source, _read(AutoConfig.from_pretrained, source, "llm"), "llm", dtype)
+
+
+def tokenizer(config: LLMConfig) -> PreTrainedTokenizerBase:
+    """The LLM's tokenizer with `<image>` as a special token, and a token to pad with (never seen: it is masked)."""
+    found = _read(AutoTokenizer.from_pretrained, _source(config.tokenizer or config.name, "llm.tokenizer"), "tokenizer")
+    if IMAGE_TOKEN not in found.get_vocab():
+        found.add_special_tokens({"extra_special_tokens": [*found.extra_special_tokens, IMAGE_TOKEN]})
+    if found.pad_token is None:
+        found.pad_token = found.unk_token or found.eos_token
+        if found.pad_token is None:
+            raise ValueError(
+                f"tokenizer {config.tokenizer or config.name}: it has no pad, unk or eos token to pad with"
+            )
+    return found
+
+
+def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of `<image>` in a tokenizer that `tokenizer` gave."""
+    return tokenizer.get_vocab()[IMAGE_TOKEN]
+
+
+def image_processor(config: EncoderConfig) -> Any:
+    """The encoder's image processor: the one beside it, or CLIP's at the tower's size for random weights."""
+    if config.config is not None:
+        from transformers import CLIPImageProcessorPil  # torchvision is not needed
+
+        size = config.image_size or AutoConfig.for_model(**config.config).image_size
+        return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    return _read(AutoImageProcessor.from_pretrained, _source(config.name, "encoder"), "image processor", backend="pil")
+
+
+def dataset(config: DataConfig) -> tuple[Path, Path]:
+    """The JSON file and the image folder of a data set; `world:NAME` is drawn into a cache folder at first use."""
+    from vlmzoo import world
+
+    if config.path.startswith("world:"):
+        file = world.dataset(config.path.removeprefix("world:"))
+    else:
+        file = Path(config.path).expanduser()
+    return file, Path(config.images).expanduser() if config.images else file.parent / "images"
+
+
+def _source(name: str | None, where: str) -> str:
+    if not name:
+        raise ValueError(f"{where}: expected a hub id, a directory, world:NAME or a `config`")
+    if name.startswith("world:"):
+        from vlmzoo import world
+
+        return str(world.path(name.removeprefix("world:")))
+    path = Path(name).expanduser()
+    if (path.is_absolute() or name.startswith((".", "~"))) and not path.is_dir():
+        raise ValueError(f"{where}: no directory {name}")
+    return str(path) if path.is_dir() else name
+
+
+def _read(reader: Any, source: str, what: str, **kwargs: Any) -> Any:
+    try:
+        return reader(source, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{what} {source}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+
+
+def _random(auto: Any, values: Mapping[str, Any], what: str, seed: int, dtype: torch.dtype) -> PreTrainedModel:
+    values = dict(values)
+    if "model_type" not in values:
+        raise ValueError(
+            f"{what}.config: expected a transformers configuration with a model_type, got {sorted(values)}"
+        )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            return auto.from_config(AutoConfig.for_model(**values), dtype=dtype)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{what}.config: {error}") from error
+
+
+def _pretrained(auto: Any, source: str, config: PreTrainedConfig, what: str, dtype: torch.dtype) -> PreTrainedModel:
+    model, found = _read(
+        auto.from_pretrained, source, what, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True
+    )
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"{what} {source}: {len(missing)} weights are missing, {missing[0]} first")
+    if mismatched := sorted(found["mismatched_keys"]):
+        raise ValueError(f"{what} {source}: weights do not fit its configuration, {mismatched[0]} first")
+    return model

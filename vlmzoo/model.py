@@ -1,0 +1,374 @@
+"""Encoder, connector and LLM as one transformers model: encode, connect, splice, decode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from vlmzoo import build
+from vlmzoo.config import ConnectorConfig, EncoderConfig, LLMConfig, parse
+from vlmzoo.connector import (
+    Connector,
+    FeatureMap,
+    ImageLayout,
+    Instruction,
+    LayerContext,
+    VisualInput,
+)
+from vlmzoo.language.layers import ARGUMENT, InLLMCall, attach, check_reached
+from vlmzoo.splice import VisualContext, arrange, assign_images, gather_slots, hide_unfilled, positions, splice
+from vlmzoo.vision.encoder import VisionEncoder
+
+IGNORE = -100
+
+
+class VisionLanguageConfig(PreTrainedConfig):
+    """What a saved model needs to be built again: both halves' configurations, the connector and its options."""
+
+    model_type = "vlmzoo"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012
+
+    def __init__(
+        self,
+        vision_config: PreTrainedConfig | dict[str, Any] | None = None,
+        text_config: PreTrainedConfig | dict[str, Any] | None = None,
+        connector: str = "linear",
+        connector_options: dict[str, Any] | None = None,
+        plugin: dict[str, str] | None = None,  # {"file": name, "sha256": hash} of the file that registered it
+        vision_layer: int = -2,
+        image_size: int | None = None,
+        image_token_id: int = -1,
+        **kwargs: Any,
+    ) -> None:
+        text_config = _config(text_config, "llama")
+        kwargs.setdefault("tie_word_embeddings", text_config.tie_word_embeddings)
+        super().__init__(**kwargs)  # before the halves are there, whose attention it would reset
+        self.vision_config = _config(vision_config, "clip_vision_model")
+        self.text_config = text_config
+        self.connector = connector
+        self.connector_options = connector_options or {}
+        self.plugin = plugin
+        self.vision_layer = vision_layer
+        self.image_size = image_size
+        self.image_token_id = image_token_id
+
+
+def _config(value: PreTrainedConfig | dict[str, Any] | None, default: str) -> PreTrainedConfig:
+    if isinstance(value, PreTrainedConfig):
+        return value
+    values = dict(value or {})
+    return AutoConfig.for_model(values.pop("model_type", default), **values)
+
+
+class VisionLanguageModel(PreTrainedModel, GenerationMixin):
+    """A vision encoder, a connector and a causal LM.
+
+    `forward` and `generate` take what transformers' own image-text models take. In `input_ids` each image stands as
+    `num_tokens(layout)` copies of `config.image_token_id`, images in the order of their placeholders, sample by
+    sample. That id need not be in the LLM's vocabulary.
+    """
+
+    config: VisionLanguageConfig
+    config_class = VisionLanguageConfig
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: VisionLanguageConfig,
+        *,
+        vision: PreTrainedModel | None = None,
+        connector: Connector | None = None,
+        language: PreTrainedModel | None = None,
+    ) -> None:
+        super().__init__(config)
+        tower = vision if vision is not None else AutoModel.from_config(config.vision_config)
+        language = language if language is not None else AutoModelForCausalLM.from_config(config.text_config)
+        self.vision = VisionEncoder(tower, layer=config.vision_layer, image_size=config.image_size)
+        self.language = language
+        self.text_spec = build.text_spec(language.config)
+        if connector is None:
+            build.check_plugin(config.connector, config.plugin)
+            connector = build.connector(
+                config.connector, config.connector_options, vision=self.vision.spec, text=self.text_spec
+            )
+        self.connector = connector
+        self.in_llm_layers = connector.llm_layers()
+        attach(language)
+        self.post_init()
+
+    @classmethod
+    def from_parts(
+        cls,
+        encoder: str | dict[str, Any] | EncoderConfig | PreTrainedModel,
+        connector: str | dict[str, Any] | ConnectorConfig | Connector,
+        llm: str | dict[str, Any] | LLMConfig | PreTrainedModel,
+        *,
+        image_token_id: int | None = None,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> VisionLanguageModel:
+        """A new model of parts that are named, configured as in a run's YAML, or modules.
+
+        Args:
+            image_token_id: None: the id that the LLM's tokenizer gives to `<image>`, or for a module the first one
+                outside its vocabulary.
+            seed: of the connector's initialisation.
+        """
+        if not isinstance(encoder, PreTrainedModel):
+            encoder_config = parse(EncoderConfig, encoder) if isinstance(encoder, str | dict) else encoder
+            encoder = build.vision(encoder_config, dtype=dtype)
+        else:
+            encoder_config = EncoderConfig()
+        if not isinstance(llm, PreTrainedModel):
+            llm_config = parse(LLMConfig, llm) if isinstance(llm, str | dict) else llm
+            if image_token_id is None and (llm_config.tokenizer or llm_config.name):
+                image_token_id = build.image_token_id(build.tokenizer(llm_config))
+            llm = build.language(llm_config, dtype=dtype)
+        text = build.text_spec(llm.config)
+        config = VisionLanguageConfig(
+            encoder.config,
+            llm.config,
+            vision_layer=encoder_config.layer,
+            image_size=encoder_config.image_size,
+            image_token_id=text.vocab_size if image_token_id is None else image_token_id,
+        )
+        if not isinstance(connector, Connector):
+            named = parse(ConnectorConfig, connector) if isinstance(connector, str | dict) else connector
+            spec = VisionEncoder(encoder, layer=encoder_config.layer).spec
+            config.connector = named.name
+            connector = build.connector(named.name, named.options, vision=spec, text=text, seed=seed)
+            config.connector_options = build.connector_options(named)
+            config.plugin = build.plugin_of(named.name)
+            connector = connector.to(dtype)
+        return cls(config, vision=encoder, connector=connector, language=llm)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: the encoder and the LLM initialise themselves, and a connector's constructor has done it."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.language.get_output_embeddings()
+
+    def get_decoder(self) -> nn.Module:
+        return self.language.get_decoder()
+
+    def num_tokens(self, layout: ImageLayout) -> int:
+        """The slots one image takes in `input_ids`."""
+        return self.connector.num_tokens(layout)
+
+    def encode_images(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_features: Sequence[FeatureMap] | None = None,
+        *,
+        num_crops: Tensor | None = None,
+        instruction_ids: Tensor | None = None,
+        instruction_mask: Tensor | None = None,
+    ) -> VisualContext:
+        """The images as the LLM gets them.
+
+        Args:
+            input_ids: (batch, length), with the images' slots.
+            pixel_values: (crops, 3, height, width), or
+            image_features: what `vision.encode` gave for them.
+            num_crops: (images,), where an image has several.
+            instruction_ids, instruction_mask: (images, length), for connectors that read the instruction.
+
+        Raises:
+            ValueError: the slots of a sample are not those that its images need.
+        """
+        request = self.connector.requires
+        if image_features is None:
+            assert pixel_values is not None
+            image_features = self.vision.encode(pixel_values, request)
+        grids = iter(image_features[0].grids)
+        crops = [1] * len(image_features[0].grids) if num_crops is None else num_crops.tolist()
+        layouts = [ImageLayout(tuple(next(grids) for _ in range(count))) for count in crops]
+        instruction = None
+        if request.instruction:
+            if instruction_ids is None or instruction_mask is None:
+                raise ValueError(f"connector {self.config.connector!r} reads the instruction: pass instruction_ids")
+            instruction = Instruction(instruction_ids, instruction_mask.bool())
+        slots = [self.connector.num_tokens(layout) for layout in layouts]
+        samples = assign_images(slots, (input_ids == self.config.image_token_id).sum(1).tolist())
+        device = input_ids.device
+        dtype = self.connector_dtype
+        visual = VisualInput(
+            maps=tuple(_cast(features, dtype, device) for features in image_features),
+            image_of_crop=torch.repeat_interleave(torch.arange(len(crops)), torch.tensor(crops)).to(device),
+            sample_of_image=torch.tensor(
+                [sample for sample, images in enumerate(samples) for _ in images], device=device
+            ),
+            layouts=tuple(layouts),
+            instruction=instruction,
+        )
+        return arrange(self.connector(visual), samples, slots)
+
+    @property
+    def connector_dtype(self) -> torch.dtype:
+        """The connector's own, or the LLM's where it has no parameters."""
+        return next(iter(self.connector.parameters()), next(self.language.parameters())).dtype
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        pixel_values: Tensor | None = None,
+        image_features: Sequence[FeatureMap] | None = None,
+        num_crops: Tensor | None = None,
+        instruction_ids: Tensor | None = None,
+        instruction_mask: Tensor | None = None,
+        visual: VisualContext | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the loss where `labels` are given.
+
+        Args:
+            visual: what `encode_images` gave, instead of pixels or features; pass it again at each cached step.
+            labels: (batch, length), -100 where there is no target. The loss is the sum over targets divided by
+                `num_items_in_batch`, or by their own number. Logits then are only those of supervised positions.
+        """
+        if visual is None and (pixel_values is not None or image_features is not None):
+            visual = self.encode_images(
+                input_ids,
+                pixel_values,
+                image_features,
+                num_crops=num_crops,
+                instruction_ids=instruction_ids,
+                instruction_mask=instruction_mask,
+            )
+        is_image = input_ids == self.config.image_token_id
+        embeds = self.language.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        if visual is None:
+            if is_image.any():
+                raise ValueError(f"input_ids hold {int(is_image.sum())} image slots, but no image was passed")
+            context = LayerContext(None, None, torch.full_like(input_ids, -1))
+            call = InLLMCall(self.in_llm_layers, context, {})
+        else:
+            slot = visual.slot_of_token(is_image)
+            embeds, unfilled = splice(embeds, visual, is_image, slot)
+            cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+            attention_mask = hide_unfilled(attention_mask, unfilled, cached, visual)
+            if visual.unfilled_prompt is not None and visual.unfilled_prompt.any():
+                position_ids = None  # counted anew below, without the hidden slots
+            call = self._in_llm(visual, is_image, slot, keep=bool(use_cache) and not torch.is_grad_enabled())
+        if call.places():
+            kwargs[ARGUMENT] = call
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            position_ids = positions(attention_mask, input_ids.shape[1])
+        columns = None
+        if labels is not None:
+            columns = (labels[:, 1:] != IGNORE).any(0).nonzero().squeeze(1)
+            logits_to_keep = columns
+        output = self.language(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        check_reached(call, self.language)
+        loss = None
+        if labels is not None and columns is not None:
+            loss = _loss(output.logits, labels[:, 1:][:, columns], num_items_in_batch)
+        return CausalLMOutputWithPast(
+            loss=loss,  # pyright: ignore[reportArgumentType]
+            logits=output.logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+    def _in_llm(self, visual: VisualContext, is_image: Tensor, slot: Tensor, keep: bool) -> InLLMCall:
+        if keep and visual.cache is None:
+            visual.cache = {}
+        image = visual.image_of_slot.gather(1, slot.clamp(min=0)).masked_fill(slot < 0, -1)
+        context = LayerContext(visual.memory, visual.memory_mask, image, visual.cache if keep else None)
+        additions = {
+            index: gather_slots(values, slot).masked_fill(~is_image[..., None], 0)
+            for index, values in visual.additions.items()
+        }
+        return InLLMCall(self.in_llm_layers, context, additions)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_features: Sequence[FeatureMap] | None = None,
+        num_crops: Tensor | None = None,
+        instruction_ids: Tensor | None = None,
+        instruction_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The prompts and what follows them, as transformers' `generate`: pad prompts on the left."""
+        if pixel_values is not None or image_features is not None:
+            kwargs["visual"] = self.encode_images(
+                input_ids,
+                pixel_values,
+                image_features,
+                num_crops=num_crops,
+                instruction_ids=instruction_ids,
+                instruction_mask=instruction_mask,
+            )
+        if self.config.image_token_id < self.text_spec.vocab_size:
+            kwargs.setdefault("suppress_tokens", [self.config.image_token_id])
+        return super().generate(input_ids, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any) -> Any:
+        if kwargs.get("visual") is not None and expand_size > 1:
+            kwargs["visual"] = kwargs["visual"].expand(expand_size)
+        return super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
+
+
+def _cast(features: FeatureMap, dtype: torch.dtype, device: torch.device) -> FeatureMap:
+    def to(value: Tensor | None) -> Any:
+        return None if value is None else value.to(device=device, dtype=dtype)
+
+    return FeatureMap(
+        to(features.values), features.grids, features.mask.to(device), to(features.cls), to(features.cls_attention)
+    )
+
+
+def _loss(logits: Tensor, labels: Tensor, num_items: int | Tensor | None) -> Tensor:
+    total = nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    return total / (num_items if num_items is not None else (labels != IGNORE).sum())
+
+
+AutoConfig.register("vlmzoo", VisionLanguageConfig)
+AutoModelForImageTextToText.register(VisionLanguageConfig, VisionLanguageModel)
