@@ -160,7 +160,9 @@ def _check(parser: argparse.ArgumentParser) -> None:
 def _train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="RUN.yaml", type=Path)
     _overrides(parser, "keys of the run to change, such as stages.align.steps=50")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="the run's directory (default: runs/<name of the YAML>)")
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, help="the run's directory (default: runs/<name of the YAML>)"
+    )
     parser.add_argument("--cache", metavar="DIR", type=Path, help="where features are kept (default: OUT/features)")
     _plugin(parser)
 

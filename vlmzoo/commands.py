@@ -59,7 +59,9 @@ def check(args: argparse.Namespace) -> int:
             message = f": {result.message}" if result.message else ""
             print(f"{'ok    ' if result.passed else 'FAILED'}  {name}  {result.name}{message}")
         failed = sum(not result.passed for result in found)
-        print(f"{name}: {failed} of {len(found)} checks failed" if failed else f"{name}: all {len(found)} checks passed")
+        print(
+            f"{name}: {failed} of {len(found)} checks failed" if failed else f"{name}: all {len(found)} checks passed"
+        )
     return 0 if passed else 1
 
 

@@ -51,5 +51,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{folder}: another process is working here; wait for it or choose another --out") from None
+            raise ValueError(
+                f"{folder}: another process is working here; wait for it or choose another --out"
+            ) from None
         yield

@@ -84,7 +84,9 @@ def _scores(arm: Sequence[Trial], read: Sequence[Answers], first: Answers) -> Sc
     """(seeds, items) for every capability; `first` sets the questions and their order."""
     for trial, answers in zip(arm, read, strict=True):
         if {name: set(items) for name, items in answers.items()} != {name: set(items) for name, items in first.items()}:
-            raise ValueError(f"{trial.folder}: was asked other questions than the other trials; delete it to run it again")
+            raise ValueError(
+                f"{trial.folder}: was asked other questions than the other trials; delete it to run it again"
+            )
     return {
         name: np.array([[answers[name][item] for item in items] for answers in read]) for name, items in first.items()
     }

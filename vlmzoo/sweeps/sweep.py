@@ -90,9 +90,7 @@ def _row(trial: Trial, failure: str | None, number: int, num_trials: int) -> str
 
 def states(trials: Sequence[Trial]) -> str:
     """A plan as a table: every trial and whether it is done, was begun, or is still to do."""
-    rows = [
-        [trial.hash, trial.connector, trial.encoder, trial.llm, str(trial.seed), state(trial)] for trial in trials
-    ]
+    rows = [[trial.hash, trial.connector, trial.encoder, trial.llm, str(trial.seed), state(trial)] for trial in trials]
     return align(["trial", "connector", "encoder", "llm", "seed", "state"], rows, num_left=4)
 
 

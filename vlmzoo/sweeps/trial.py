@@ -73,7 +73,7 @@ def refuse_other_run(run: RunConfig, out: Path) -> None:
     lines = zip(dump(held).splitlines(), dump(run).splitlines(), strict=False)
     there, here = next(((a.strip(), b.strip()) for a, b in lines if a != b), ("fewer keys", "more keys"))
     raise ValueError(
-        f"{out} holds a run of another configuration ({there!r} there, {here!r} here): choose another --out or delete it"
+        f"{out} holds a run of another configuration ({there!r} there, {here!r} here): choose another --out"
     )
 
 
