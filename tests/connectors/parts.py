@@ -68,7 +68,7 @@ def copy_weights(
 
     Each of theirs must be used, but for those that begin with one of `leave`.
     """
-    theirs = {name: value for name, value in source.named_parameters() if not name.startswith(leave or "/")}
+    theirs = {name: value for name, value in source.named_parameters() if not name.startswith(leave)}
     state = {}
     for name, parameter in target.named_parameters():
         renamed = name

@@ -18,8 +18,8 @@ PATCHES = torch.randn(2, 6, VISION.hidden_size, generator=torch.Generator().manu
 
 
 def linear_pair() -> tuple[Any, nn.Module]:
-    vision = SiglipVisionConfig(hidden_size=VISION.hidden_size, projection_dim=TEXT.hidden_size)
-    theirs = PaliGemmaMultiModalProjector(PaliGemmaConfig(vision_config=vision))
+    vision = SiglipVisionConfig(hidden_size=VISION.hidden_size)
+    theirs = PaliGemmaMultiModalProjector(PaliGemmaConfig(vision_config=vision, projection_dim=TEXT.hidden_size))
     rescale(theirs)
     ours = create("linear")
     copy_weights(theirs, ours, [("project", "linear")])
