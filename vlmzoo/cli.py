@@ -194,8 +194,10 @@ def _report(parser: argparse.ArgumentParser) -> None:
 def _world(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", metavar="build|show", type=_one_of("action", "build", "show"))
     parser.add_argument("--only", metavar="NAME", help="build: this model alone")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="show: the scene to draw (default: 0)")
-    parser.add_argument("--out", metavar="PATH", type=Path, help="build: the folder; show: the picture")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the training or the scenes (default: 0)")
+    parser.add_argument(
+        "--out", metavar="PATH", type=Path, help="build: a folder (default: runs/world); show: a PNG (runs/world.png)"
+    )
 
 
 COMMANDS = {

@@ -48,7 +48,7 @@ def check(args: argparse.Namespace) -> int:
             {
                 "name": name,
                 "passed": all(result.passed for result in found),
-                "checks": [{"name": r.name, "passed": r.passed, "message": r.message} for r in found],
+                "checks": [result.as_dict() for result in found],
             }
             for name, found in results.items()
         ]
@@ -72,12 +72,13 @@ def train(args: argparse.Namespace) -> int:
     out = args.out or RUNS / args.config.stem
 
     from vlmzoo import build
+    from vlmzoo.sweeps.table import duration
     from vlmzoo.sweeps.trial import run_trial
 
     build.load_connectors(args.plugin)
     result = run_trial(run, out, args.cache or out / "features")
     _print_scores(result["evaluation"])
-    print(f"{out}: {result['connector']}, {result['seconds']:.0f} s")
+    print(f"{out}: {result['connector']}, {duration(result['seconds'])}")
     return 0
 
 
@@ -146,12 +147,15 @@ def report(args: argparse.Namespace) -> int:
 
 
 def world(args: argparse.Namespace) -> int:
-    from vlmzoo import world
-
     if args.action == "build":
-        world.build(only=args.only, out=args.out)
+        from vlmzoo.world.build import build
+
+        for model in build(args.only, args.out or RUNS / "world", seed=args.seed):
+            print(model)
     else:
-        world.show(seed=args.seed, out=args.out)
+        from vlmzoo.world.show import show
+
+        print(show(args.out or RUNS / "world.png", args.seed))
     return 0
 
 

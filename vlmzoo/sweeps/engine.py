@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ def default_workers(num_trials: int) -> int:
 
 def execute(
     trials: Sequence[Trial], command: Command, *, workers: int, watch: Callable[[Sequence[Trial]], None]
-) -> Iterator[tuple[Trial, str | None]]:
+) -> Generator[tuple[Trial, str | None], None, None]:
     """Yields each trial as soon as it ends, with None or with what went wrong.
 
     `watch` is called with the running trials every POLL_SECONDS. Leaving the loop early ends what still runs.

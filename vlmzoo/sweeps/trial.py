@@ -33,6 +33,7 @@ def run_trial(run: RunConfig, out: Path, cache_dir: Path | None = None) -> dict[
         if (done := read_result(out, config_hash(run))) is not None:
             return done
         write_whole(out / "config.yaml", dump(run))
+        resumed = (out / "metrics.jsonl").exists()
         start = time.perf_counter()
         model = build.model(run)
         processor = build.processor(model)
@@ -54,7 +55,7 @@ def run_trial(run: RunConfig, out: Path, cache_dir: Path | None = None) -> dict[
             "visual_tokens": num_visual_tokens(model),
             "trainable_parameters": sum(parameter.numel() for parameter in model.connector.parameters()),
             "samples_per_second": training.samples_per_second,
-            "seconds": time.perf_counter() - start,
+            "seconds": None if resumed else time.perf_counter() - start,  # what an earlier process took is not known
             "peak_memory_bytes": peak_memory_bytes(),
             "final_loss": training.final_loss,
         }
