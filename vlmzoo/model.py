@@ -19,7 +19,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vlmzoo import build
-from vlmzoo.config import ConnectorConfig, EncoderConfig, LLMConfig, parse
+from vlmzoo.config import ConnectorConfig, EncoderConfig, LLMConfig, RunConfig, parse
 from vlmzoo.connector import (
     Connector,
     FeatureMap,
@@ -160,6 +160,12 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             config.plugin = build.plugin_of(named.name)
             connector = connector.to(dtype)
         return cls(config, vision=encoder, connector=connector, language=llm)
+
+    @classmethod
+    def of_run(cls, run: RunConfig) -> VisionLanguageModel:
+        """A run's model before its first step; all its connector draws comes from the run's own seed."""
+        dtype = getattr(torch, run.dtype)
+        return cls.from_parts(run.encoder, run.connector, run.llm, seed=run.seed.init, dtype=dtype)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: the encoder and the LLM initialise themselves, and a connector's constructor has done it."""
