@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from vlmzoo.config import SweepConfig, dump, parse
-from vlmzoo.sweeps.directory import write_json, write_whole
+from vlmzoo.files import write_json, write_whole
 from vlmzoo.sweeps.engine import Command
 from vlmzoo.sweeps.plan import Trial, plan
 
@@ -113,7 +113,7 @@ def _write_metrics(trial: Trial, generator: np.random.Generator) -> None:
     lines = []
     for number, (stage, config) in enumerate(trial.run.stages.items()):
         speed = SKILL[trial.run.connector.name] * (40 + 20 * number)
-        for step in range(1, (config.steps or 0) + 1):
+        for step in range(config.steps or 0):
             loss = (1.2 - number * 0.4) + 2.5 * math.exp(-step / speed) + generator.normal(0, 0.08)
             lines.append(json.dumps({"stage": stage, "step": step, "num_steps": config.steps, "loss": loss}))
     write_whole(trial.folder / "metrics.jsonl", "\n".join(lines) + "\n")

@@ -13,7 +13,7 @@ import pytest
 
 from tests.sweeps.conftest import PLAYER, make_study
 from vlmzoo.config import SweepConfig
-from vlmzoo.sweeps.directory import locked
+from vlmzoo.files import locked
 from vlmzoo.sweeps.engine import Command, execute
 from vlmzoo.sweeps.plan import Trial, plan
 from vlmzoo.sweeps.sweep import sweep

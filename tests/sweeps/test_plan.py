@@ -9,8 +9,8 @@ import pytest
 
 from tests.sweeps.conftest import make_study
 from vlmzoo.config import ConnectorConfig, SweepConfig, dump, load, parse
-from vlmzoo.sweeps.directory import read_result, write_json
-from vlmzoo.sweeps.plan import labels, plan
+from vlmzoo.files import write_json
+from vlmzoo.sweeps.plan import labels, plan, read_result
 
 
 def test_every_combination_once_seed_by_seed(study: SweepConfig, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_progress_is_read_from_whole_lines_alone(tmp_path: Path) -> None:
     (trial,) = write_sweep(tmp_path, make_study(["mlp"], [0]), num_items=1)
     file = trial.folder / "metrics.jsonl"
     assert fraction(trial) == 1
-    file.write_text('{"stage": "align", "step": 50, "loss": 1.0}\n{"stage": "al')
+    file.write_text('{"stage": "align", "step": 49, "num_steps": 100, "loss": 1.0}\n{"stage": "al')
     assert fraction(trial) == 0.25
     file.unlink()
     assert fraction(trial) == 0

@@ -38,9 +38,9 @@ def curves(trials: Sequence[Trial], stage: str, colours: Mapping[str, int]) -> l
 
 
 def losses(trial: Trial, stage: str) -> dict[int, float]:
-    """Step -> loss; of a step that was done again after a crash, the last."""
+    """Number of steps done -> loss of the last of them."""
     rows = [row for row in read_metrics(trial.folder / "metrics.jsonl") if row.get("stage") == stage]
-    return {int(row["step"]): float(row["loss"]) for row in rows if "step" in row and row.get("loss", 0) > 0}
+    return {row["step"] + 1: row["loss"] for row in rows if row["loss"] > 0}  # the axis is logarithmic
 
 
 def _mean(steps: Mapping[int, float], after: int, until: int) -> float:

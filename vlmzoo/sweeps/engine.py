@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from vlmzoo.config import dump
-from vlmzoo.sweeps.directory import write_whole
+from vlmzoo.files import write_whole
 from vlmzoo.sweeps.plan import Trial
 
 Command = Callable[[Trial], list[str]]

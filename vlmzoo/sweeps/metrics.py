@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,7 @@ def fraction(trial: Trial) -> float:
     stages = list(trial.run.stages)
     if last is None or last.get("stage") not in stages:
         return 0.0
-    num_steps = last.get("num_steps") or trial.run.stages[last["stage"]].steps
-    within = min(1.0, last.get("step", 0) / num_steps) if num_steps else 0.0
-    return (stages.index(last["stage"]) + within) / len(stages)
+    return (stages.index(last["stage"]) + (last["step"] + 1) / last["num_steps"]) / len(stages)
 
 
 def last_metrics(file: Path) -> dict[str, Any] | None:
@@ -59,8 +56,3 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{file}:{number}: expected a JSON object, got {line[:80]!r}")
         rows.append(row)
     return rows
-
-
-def total(finished: int, running: Sequence[Trial]) -> float:
-    """Trials done, the running ones in parts."""
-    return finished + sum(map(fraction, running))

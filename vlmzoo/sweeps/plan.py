@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlmzoo.config import ConnectorConfig, EncoderConfig, LLMConfig, RunConfig, SweepConfig, config_hash, to_dict
-from vlmzoo.sweeps.directory import read_result
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,15 @@ class Trial:
     def result(self) -> dict[str, Any] | None:
         """Its result.json; None: not done."""
         return read_result(self.folder, self.hash)
+
+
+def read_result(folder: Path, config_hash: str) -> dict[str, Any] | None:
+    """The result.json of a run that ended with exactly this configuration; None: not done."""
+    try:
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return result if isinstance(result, dict) and result.get("config_hash") == config_hash else None
 
 
 def resolve(study: SweepConfig) -> SweepConfig:

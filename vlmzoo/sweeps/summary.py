@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmzoo.sweeps.directory import write_json, write_whole
+from vlmzoo.files import write_json, write_whole
 from vlmzoo.sweeps.plan import Trial
 from vlmzoo.sweeps.statistics import Interval, Scores, intervals
 

@@ -12,8 +12,8 @@ from typing import Any
 from tqdm import tqdm
 
 from vlmzoo.config import SweepConfig, dump, load
+from vlmzoo.files import locked, write_whole
 from vlmzoo.sweeps import report, summary
-from vlmzoo.sweeps.directory import locked, write_whole
 from vlmzoo.sweeps.engine import Command, default_workers, execute
 from vlmzoo.sweeps.metrics import fraction
 from vlmzoo.sweeps.plan import Trial, plan

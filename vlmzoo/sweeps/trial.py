@@ -5,48 +5,57 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vlmzoo import build
-from vlmzoo.config import RunConfig, config_hash, dump, load
+from vlmzoo.config import EvaluationConfig, RunConfig, config_hash, dump, load
 from vlmzoo.connector import ImageLayout
-from vlmzoo.evaluation.evaluate import evaluate
+from vlmzoo.evaluation.evaluate import evaluate, write_predictions
+from vlmzoo.evaluation.metrics import score
+from vlmzoo.files import locked, write_json, write_whole
 from vlmzoo.model import VisionLanguageModel
-from vlmzoo.sweeps.directory import locked, read_result, write_json, write_whole
-from vlmzoo.training.run import train
+from vlmzoo.processor import VisionLanguageProcessor
+from vlmzoo.samples import SampleSet
+from vlmzoo.sweeps.metrics import read_metrics
+from vlmzoo.sweeps.plan import read_result
+from vlmzoo.training.run import moves_vision, train
 
 SCHEMA = 1
 
 
-def run_trial(run: RunConfig, out: Path, cache_dir: Path | None = None) -> dict[str, Any]:
+def run_trial(run: RunConfig, out: Path, cache: Path | None = None) -> dict[str, Any]:
     """The run's result.json, written last; a run that has one already is not computed again.
+
+    Args:
+        cache: where features of the frozen encoder are kept and shared; None: nowhere.
 
     Raises:
         ValueError: `out` holds a run of another configuration, or another process works there.
     """
     run = build.resolve(run)
+    key = config_hash(run)
     with locked(out):
         refuse_other_run(run, out)
-        if (done := read_result(out, config_hash(run))) is not None:
+        if (done := read_result(out, key)) is not None:
             return done
         write_whole(out / "config.yaml", dump(run))
-        resumed = (out / "metrics.jsonl").exists()
+        earlier = sum(step["seconds"] for step in read_metrics(out / "metrics.jsonl"))  # of a process that was stopped
         start = time.perf_counter()
-        model = build.model(run)
-        processor = build.processor(model)
-        training = train(model, processor, run, out, cache_dir)
+        model, processor = new_model(run)
+        training = train(model, processor, run, out, cache)
+        cache = None if moves_vision(run, len(run.stages) - 1) else cache
         evaluation = {
-            task: evaluate(model, processor, config, out / "predictions" / f"{task}.jsonl")
+            task: evaluate_task(model, processor, config, out / "predictions" / f"{task}.jsonl", cache)
             for task, config in run.evaluation.items()
         }
-        model.save_pretrained(out / "model")
-        processor.save_pretrained(out / "model")
+        save(model, processor, out / "model")
         result = {
             "schema": SCHEMA,
-            "config_hash": config_hash(run),
+            "config_hash": key,
             "connector": run.connector.name,
             "encoder": run.encoder.name,
             "llm": run.llm.name,
@@ -55,7 +64,7 @@ def run_trial(run: RunConfig, out: Path, cache_dir: Path | None = None) -> dict[
             "visual_tokens": num_visual_tokens(model),
             "trainable_parameters": sum(parameter.numel() for parameter in model.connector.parameters()),
             "samples_per_second": training.samples_per_second,
-            "seconds": None if resumed else time.perf_counter() - start,  # what an earlier process took is not known
+            "seconds": earlier + time.perf_counter() - start,
             "peak_memory_bytes": peak_memory_bytes(),
             "final_loss": training.final_loss,
         }
@@ -76,6 +85,49 @@ def refuse_other_run(run: RunConfig, out: Path) -> None:
     raise ValueError(
         f"{out} holds a run of another configuration ({there!r} there, {here!r} here): choose another --out"
     )
+
+
+def new_model(run: RunConfig) -> tuple[VisionLanguageModel, VisionLanguageProcessor]:
+    """A run's untrained model, on the GPU where there is one, and its processor."""
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
+    dtype = getattr(torch, run.dtype)
+    model = VisionLanguageModel.from_parts(run.encoder, run.connector, run.llm, seed=run.seed.init, dtype=dtype)
+    processor = VisionLanguageProcessor.of_run(run, model)
+    return model.to(device()), processor
+
+
+def evaluate_task(
+    model: VisionLanguageModel,
+    processor: VisionLanguageProcessor,
+    config: EvaluationConfig,
+    predictions_file: Path | None = None,
+    cache: Path | None = None,
+) -> dict[str, Any]:
+    """The scores of one task; the predictions are written where a file is given."""
+    data = SampleSet(model, processor, config.data, cache)
+    predictions = evaluate(
+        model,
+        data.samples(range(len(data)), generation=True),
+        partial(data.batch, padding_side="left"),
+        tokenizer=processor.tokenizer,
+        template=config.data.template,
+        batch_size=config.batch_size,
+        max_new_tokens=config.max_new_tokens,
+    )
+    if predictions_file is not None:
+        write_predictions(predictions_file, predictions)
+    return score(predictions)
+
+
+def save(model: VisionLanguageModel, processor: VisionLanguageProcessor, folder: Path) -> None:
+    """Writes model and processor as transformers reads them."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def num_visual_tokens(model: VisionLanguageModel) -> int:
