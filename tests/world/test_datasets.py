@@ -28,9 +28,9 @@ def test_evaluation_scenes_occur_nowhere_else(monkeypatch: pytest.MonkeyPatch) -
     read: list[Scene] = []
     sample = language.sample_scene
     monkeypatch.setattr(language, "sample_scene", lambda *args: read.append(sample(*args)) or read[-1])
-    tokenizer = build_tokenizer()
+    vocabulary = build_tokenizer().get_vocab()
     for step in range(20):
-        language.text_batch(0, step, tokenizer)
+        language.text_batch(0, step, vocabulary)
     used["language model"] = keys(read)
     assert len(read) == 20 * language.BATCH
     for name, found in used.items():

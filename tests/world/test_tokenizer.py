@@ -1,5 +1,6 @@
 import random
 import re
+from typing import Any
 
 from vlmzoo.world.datasets import examples
 from vlmzoo.world.language import IGNORED, encode
@@ -22,7 +23,7 @@ def test_every_word_of_the_world_is_known_and_round_trips() -> None:
     for text in set(texts):
         ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
         assert unknown not in ids, text
-        assert TOKENIZER.decode(ids).replace(" ", "") == re.sub(r"\s", "", text)
+        assert str(TOKENIZER.decode(ids)).replace(" ", "") == re.sub(r"\s", "", text)
         assert ids == [TOKENIZER.get_vocab()[word] for word in words(text)]
 
 
@@ -51,12 +52,12 @@ def test_offsets_point_into_the_text() -> None:
     assert spans == TOKENIZER.convert_ids_to_tokens(encoded["input_ids"])
 
 
-def render(messages: list[dict[str, object]], prompt: bool = False) -> str:
+def render(messages: list[Any], prompt: bool = False) -> str:
     return str(TOKENIZER.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
 
 
 def test_chat_template_grows_by_whole_turns() -> None:
-    messages: list[dict[str, object]] = [
+    messages: list[Any] = [
         {"role": "system", "content": "You are a helpful assistant."},
         {"role": "user", "content": "Where is the red circle?"},
         {"role": "assistant", "content": "top-left"},
@@ -83,7 +84,7 @@ def test_language_model_learns_the_form_of_the_chat_template() -> None:
     scene = sample_scene(rng)
     pieces = dialogue(scene, rng, 3)
     ids, labels = encode(pieces, TOKENIZER.get_vocab())
-    messages: list[dict[str, object]] = []
+    messages: list[Any] = []
     for text, supervised in pieces[1:]:
         role = "assistant" if supervised else "user"
         content = text.removesuffix("</s>") if supervised else text.removeprefix("USER: ").removesuffix(" ASSISTANT:")

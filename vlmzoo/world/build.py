@@ -12,7 +12,7 @@ from vlmzoo.world import MODELS, VERSION, sha256
 from vlmzoo.world.encoder import image_processor, retrieval, train_encoder
 from vlmzoo.world.language import answer_accuracy, train_language_model
 
-NUM_STEPS = {"clip": 3200, "llama": 2800}
+NUM_STEPS = {"clip": 1200, "llama": 2800}
 NUM_QUESTIONS = 400  # a capability
 NUM_GROUPS = 16  # of 64 captions
 
@@ -56,7 +56,7 @@ def _write_encoder(
     aside: Path, checkpoint: Path, num_steps: int, seed: int, recipe: dict[str, object]
 ) -> dict[str, object]:
     reader, seconds = train_encoder(checkpoint, num_steps, seed, recipe)
-    vision = CLIPVisionModel(reader.clip.config.vision_config)
+    vision = CLIPVisionModel(reader.clip.vision_model.config)
     vision.load_state_dict(reader.clip.vision_model.state_dict())
     vision.save_pretrained(aside)
     image_processor().save_pretrained(aside)

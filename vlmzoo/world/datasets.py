@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from vlmzoo.world import DATASETS, VERSION
-from vlmzoo.world.scenes import Scene, Split, draw, sample_scene
+from vlmzoo.world.scenes import Scene, draw, sample_scene
 from vlmzoo.world.text import CAPABILITIES, CAPTION_REQUEST, Question, ask, caption, conversation
 
 NUM_TURNS = 6  # of a stage-2 conversation: an image costs 81 tokens, a turn about a dozen
@@ -49,7 +49,6 @@ def questions(rng: random.Random) -> Iterator[Example]:
 
 
 SOURCES = {"captions": captions, "conversations": conversations, "questions": questions}
-SPLITS: dict[str, Split] = {"captions": "training", "conversations": "training", "questions": "evaluation"}
 
 
 def examples(name: str, size: int, seed: int) -> Iterator[Example]:
@@ -58,9 +57,9 @@ def examples(name: str, size: int, seed: int) -> Iterator[Example]:
     Raises:
         ValueError: no data set has this name, or `size` is not positive.
     """
-    if name not in SOURCES:
-        nearest = difflib.get_close_matches(name, SOURCES, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown world data set {name!r}, expected one of {', '.join(SOURCES)}; nearest is {nearest!r}")
+    if name not in DATASETS:
+        names, nearest = ", ".join(DATASETS), difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown world data set {name!r}, expected one of {names}; nearest is {nearest!r}")
     if size < 1:
         raise ValueError(f"world data set {name!r} of size {size}, expected at least 1")
     source = SOURCES[name](random.Random(f"{name} {seed}"))

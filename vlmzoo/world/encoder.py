@@ -12,25 +12,25 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTraine
 from vlmzoo.world.fitting import fit
 from vlmzoo.world.scenes import CELL, GRID, IMAGE_SIZE, Scene, alter, draw, sample_scene
 from vlmzoo.world.text import caption, describe
-from vlmzoo.world.tokenizer import build_tokenizer
+from vlmzoo.world.tokenizer import BOS_ID, EOS_ID, PAD_ID, build_tokenizer
 
 PATCH = 8
 BATCH = 48
 CAPTION_TOKENS = 24  # <s>, four objects of five words, </s>
 
 
-def encoder_config(tokenizer: PreTrainedTokenizerFast) -> CLIPConfig:
+def encoder_config(vocab_size: int) -> CLIPConfig:
     """About 1M parameters: vision of four layers, text of two, both 128 wide."""
     tower = {"hidden_size": 128, "num_attention_heads": 4, "projection_dim": 128}
     vision = {"intermediate_size": 512, "num_hidden_layers": 4, "image_size": IMAGE_SIZE, "patch_size": PATCH}
     text = {
         "intermediate_size": 256,
         "num_hidden_layers": 2,
-        "vocab_size": len(tokenizer),
+        "vocab_size": vocab_size,
         "max_position_embeddings": CAPTION_TOKENS,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": EOS_ID,
+        "pad_token_id": PAD_ID,
     }
     return CLIPConfig(vision_config=tower | vision, text_config=tower | text, projection_dim=128)
 
@@ -48,7 +48,7 @@ class Reader(nn.Module):
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         super().__init__()
         self.tokenizer = tokenizer
-        self.clip = CLIPModel(encoder_config(tokenizer))
+        self.clip = CLIPModel(encoder_config(len(tokenizer)))
         self.region = nn.Sequential(nn.LayerNorm(128), nn.Linear(128, 128, bias=False))
         processor = image_processor()
         self.mean = torch.tensor(processor.image_mean).view(3, 1, 1)
@@ -62,7 +62,8 @@ class Reader(nn.Module):
     def texts(self, texts: list[str]) -> Tensor:
         """Unit embeddings of texts, (texts, 128)."""
         tokens = self.tokenizer([text + "</s>" for text in texts], return_tensors="pt", padding=True)
-        return F.normalize(self.clip.get_text_features(**tokens).pooler_output, dim=-1)
+        pooled = self.clip.text_model(**tokens).pooler_output
+        return F.normalize(self.clip.text_projection(pooled), dim=-1)
 
     def images(self, scenes: list[Scene]) -> tuple[Tensor, Tensor]:
         """Unit embeddings of pictures, (scenes, 128), and of their nine cells, (scenes, 9, 128)."""
@@ -78,7 +79,10 @@ def contrastive_loss(reader: Reader, scenes: list[Scene], changed: list[Scene]) 
     """Pictures against captions, each caption's altered twin among the wrong ones; cells against object phrases.
 
     The captions alone leave place and attribute tangled in the patches for a long time; the regional term asks
-    each occupied cell for its own phrase. Source: RegionCLIP (2022), section 3.2, with known instead of proposed regions.
+    each occupied cell for its own phrase.
+
+    Source: Zhong et al., RegionCLIP (2022), section 3.2.
+    Differs: the regions are known, not proposed.
     """
     scale = reader.clip.logit_scale.exp().clamp(max=100)
     phrases = [describe(item) for scene in scenes for item in scene.objects]

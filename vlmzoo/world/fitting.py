@@ -53,7 +53,7 @@ def fit(
                 group["lr"] = learning_rate(step, num_steps, peak)
             loss = loss_at(step)
             if not torch.isfinite(loss):
-                raise FloatingPointError(f"loss {loss.item()} at step {step} of {directory.name}, expected a finite one")
+                raise FloatingPointError(f"loss {loss.item()} at step {step} of {directory.name}, expected finite")
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -93,7 +93,7 @@ def _load(
         return 0, 0.0
     state = json.loads((source / "state.json").read_text())
     if state["recipe"] != recipe:
-        raise ValueError(f"checkpoint {source} has recipe {state['recipe']}, expected {recipe}: remove it or its folder")
+        raise ValueError(f"checkpoint {source} has recipe {state['recipe']}, expected {recipe}; remove it")
     load_model(model, str(source / "model.safetensors"))
     optimizer.load_state_dict(torch.load(source / "optimizer.pt", weights_only=True))
     return state["step"], state["seconds"]

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from vlmzoo.world.fitting import fit
 from vlmzoo.world.scenes import sample_scene
 from vlmzoo.world.text import CAPABILITIES, Piece, ask, caption, dialogue, statements
-from vlmzoo.world.tokenizer import build_tokenizer, words
+from vlmzoo.world.tokenizer import BOS_ID, EOS_ID, PAD_ID, build_tokenizer, words
 
 BATCH = 32
 NUM_STATEMENTS = 18
@@ -19,10 +19,10 @@ MAX_TOKENS = 128  # longer texts are cut: a batch of equal lengths wastes nothin
 IGNORED = -100
 
 
-def language_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+def language_config(vocab_size: int) -> LlamaConfig:
     """About 1M parameters: four layers, 128 wide."""
     return LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size,
         hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=4,
@@ -30,9 +30,9 @@ def language_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
         max_position_embeddings=512,
         tie_word_embeddings=False,
         initializer_range=0.05,  # wide enough for 128 channels; with .02 the first lookups take longer to appear
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+        pad_token_id=PAD_ID,
     )
 
 
@@ -47,19 +47,17 @@ def encode(pieces: list[Piece], vocabulary: dict[str, int]) -> tuple[list[int], 
     return ids, labels
 
 
-def text_batch(seed: int, step: int, tokenizer: PreTrainedTokenizerFast) -> dict[str, Tensor]:
+def text_batch(seed: int, step: int, vocabulary: dict[str, int]) -> dict[str, Tensor]:
     """Step `step`'s texts, half of them statements and half dialogues, padded at the right."""
     rng = random.Random(f"language {seed} {step}")
-    vocabulary = tokenizer.get_vocab()
     rows = []
     for index in range(BATCH):
         scene = sample_scene(rng)
         pieces = dialogue(scene, rng, NUM_TURNS) if index % 2 else statements(scene, rng, NUM_STATEMENTS)
         rows.append(encode(pieces, vocabulary))
     length = min(MAX_TOKENS, max(len(ids) for ids, _ in rows))
-    pad = tokenizer.pad_token_id
     return {
-        "input_ids": torch.tensor([ids[:length] + [pad] * (length - len(ids)) for ids, _ in rows]),
+        "input_ids": torch.tensor([ids[:length] + [PAD_ID] * (length - len(ids)) for ids, _ in rows]),
         "labels": torch.tensor([labels[:length] + [IGNORED] * (length - len(labels)) for _, labels in rows]),
     }
 
@@ -92,11 +90,12 @@ def train_language_model(
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, float]:
     """The trained model, its tokenizer and the seconds of training."""
     tokenizer = build_tokenizer()
+    vocabulary = tokenizer.get_vocab()
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(language_config(tokenizer))
+    model = LlamaForCausalLM(language_config(len(tokenizer)))
 
     def loss_at(step: int) -> Tensor:
-        return model(**text_batch(seed, step, tokenizer)).loss
+        return model(**text_batch(seed, step, vocabulary)).loss
 
     seconds = fit(model, loss_at, num_steps=num_steps, peak=2e-3, recipe=recipe, directory=checkpoint)
     return model, tokenizer, seconds

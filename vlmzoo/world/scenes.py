@@ -71,9 +71,8 @@ def sample_scene(rng: random.Random, split: Split = "training") -> Scene:
         palette = rng.sample(tuple(COLORS), rng.choice((2, 3, 6, 6)))
         pairs = rng.sample([(color, shape) for color in palette for shape in SHAPES], count)
         cells = sorted(rng.sample(range(GRID * GRID), count))
-        objects = tuple(
-            SceneObject(cell, rng.choice(SIZES), color, shape) for cell, (color, shape) in zip(cells, pairs, strict=True)
-        )
+        placed = zip(cells, pairs, strict=True)
+        objects = tuple(SceneObject(cell, rng.choice(SIZES), color, shape) for cell, (color, shape) in placed)
         scene = Scene(objects, rng.getrandbits(32))
         if scene.split == split:
             return scene

@@ -9,6 +9,8 @@ from vlmzoo.world.scenes import COLORS, SHAPES, SIZES
 from vlmzoo.world.text import CAPTION_REQUEST, PLACES, PLURALS
 
 SPECIAL = ("<unk>", "<s>", "<pad>", "</s>")
+# transformers' CLIP reads an eos id of 2 as that of a broken old configuration: 2 is the padding here.
+BOS_ID, PAD_ID, EOS_ID = 1, 2, 3
 # A role with its colon is one word, as is a place; other punctuation stands alone; white space is dropped.
 WORD = r"<s>|</s>|USER:|ASSISTANT:|\w+(?:[-']\w+)*|[^\w\s]"
 CHAT_TEMPLATE = (
@@ -31,7 +33,8 @@ PROMPTS = (
     "Answer with the option's letter from the given choices directly.",
     "You are a helpful assistant. Describe the image concisely. Give a brief description of the given image.",
     "Provide a brief description of the given image. What is in the image? Write a caption for the picture. yes no",
-    "This photo shows. A short image caption: A photo of. Question: Short answer: Please look at and read it. human gpt",
+    "This photo shows. A short image caption: A photo of. Question: Short answer: Please look at and read it.",
+    "human gpt",
 )
 QUESTIONS = (
     "Is there a ? What size color shape is the object at ? How many objects are there ? Where is ?",
@@ -57,10 +60,8 @@ def vocabulary() -> dict[str, int]:
         CAPTION_REQUEST,
         *PROMPTS,
     )
-    ordered = dict.fromkeys(SPECIAL)
-    for text in texts:
-        ordered.update(dict.fromkeys(words(text)))
-    return {word: index for index, word in enumerate(ordered)}
+    said = (word for text in texts for word in words(text))
+    return {word: index for index, word in enumerate(dict.fromkeys((*SPECIAL, *said)))}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -69,7 +70,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.WordLevel(table, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True)
     core.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", table["<s>"])]
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS_ID)]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
