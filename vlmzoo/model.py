@@ -182,6 +182,14 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
     def get_decoder(self) -> nn.Module:
         return self.language.get_decoder()
 
+    def checkpoint_activations(self, enabled: bool) -> None:
+        """Has the backward pass compute activations again, or not, in all parts that can."""
+        if enabled == any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
+            return
+        name = f"checkpointing_{'enable' if enabled else 'disable'}"
+        new, old = f"activation_{name}", f"gradient_{name}"  # transformers 5.17 knows the old name alone
+        getattr(self, new if hasattr(self, new) else old)()
+
     def num_tokens(self, layout: ImageLayout) -> int:
         """The slots one image takes in `input_ids`."""
         return self.connector.num_tokens(layout)

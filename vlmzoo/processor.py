@@ -81,7 +81,6 @@ class VisionLanguageProcessor(ProcessorMixin):
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # pyright: ignore
         """Writes the tokenizer's and the image processor's own files, as transformers' loaders expect them."""
         self.tokenizer.save_pretrained(save_directory)
-        self.image_processor._set_processor_class(type(self).__name__)
         self.image_processor.save_pretrained(save_directory)
 
     @property

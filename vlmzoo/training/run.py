@@ -63,10 +63,7 @@ def train(
         start = position.step if index == position.stage else 0
         if start and state is not None:
             optimizer.load_state_dict(state)
-        if stage.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-        else:
-            model.gradient_checkpointing_disable()
+        model.checkpoint_activations(stage.gradient_checkpointing)
         data.open_cache()
         log.stage(name, start, total)
         before = position.total - start if index == position.stage else position.total
