@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from vlmzoo import build
 from vlmzoo.config import EvaluationConfig, RunConfig, config_hash, dump, load
@@ -122,6 +123,7 @@ def evaluate_task(
 
 def save(model: VisionLanguageModel, processor: VisionLanguageProcessor, folder: Path) -> None:
     """Writes model and processor as transformers reads them."""
+    logging.disable_progress_bar()
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 

@@ -1,0 +1,157 @@
+"""A real run, tiny: from a YAML and LLaVA JSON to result.json, a saved model, its evaluation and a sweep over it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from tests.data.conftest import words
+from tests.tiny import CLIP, LLAMA
+from vlmzoo.cli import main
+from vlmzoo.config import RunConfig, config_hash, load
+from vlmzoo.sweeps import trial
+from vlmzoo.sweeps.trial import run_trial
+
+COLOURS = {"red": (220, 30, 30), "left": (30, 30, 220)}
+"""Answers that the tokenizer of the tests knows, and what they look like."""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> dict[str, Any]:
+    """A run on twelve images of two kinds, as YAML values."""
+    (tmp_path / "images").mkdir()
+    records = []
+    for index in range(12):
+        answer = list(COLOURS)[index % 2]
+        noise = np.random.default_rng(index).integers(0, 30, (24, 24, 3))
+        Image.fromarray((noise + np.array(COLOURS[answer])).clip(0, 255).astype(np.uint8)).save(
+            tmp_path / "images" / f"{index}.png"
+        )
+        turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": answer}]
+        record = {"id": f"i{index}", "image": f"{index}.png", "conversations": turns}
+        records.append({**record, "capability": "first" if index < 8 else "second"})
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    tokenizer = words()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    data = {"path": str(tmp_path / "data.json")}
+    stage = {"data": {**data, "template": "plain"}, "lr": {"connector": 1e-2}, "batch_size": 4, "steps": 3}
+    return {
+        "encoder": {"config": CLIP},
+        "connector": "linear",
+        "llm": {"config": {**LLAMA, "vocab_size": len(tokenizer)}, "tokenizer": str(tmp_path / "tokenizer")},
+        "stages": {"align": stage, "finetune": {**stage, "data": data, "lr": {"connector": 1e-2, "language": 1e-2}}},
+        "evaluation": {"colours": {"data": data, "max_new_tokens": 2}},
+    }
+
+
+@pytest.fixture
+def run_file(config: dict[str, Any], tmp_path: Path) -> Path:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+def test_a_run_from_yaml_to_evaluated_checkpoint(
+    run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert main(["train", str(run_file), "--out", str(out), "stages.finetune.steps=2"]) == 0
+    assert "colours: " in capsys.readouterr().out
+    result = json.loads((out / "result.json").read_text())
+    assert result["config_hash"] == config_hash(load(RunConfig, out / "config.yaml"))
+    assert result["visual_tokens"] == 9
+    assert result["trainable_parameters"] == 32 * 48 + 48
+    assert set(result["final_loss"]) == {"align", "finetune"}
+    assert result["peak_memory_bytes"] > 10_000_000
+    assert set(result["evaluation"]["colours"]["capabilities"]) == {"first", "second"}
+    assert len((out / "predictions" / "colours.jsonl").read_text().splitlines()) == 12
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 5
+
+    for checkpoint in (out, out / "model"):
+        assert main(["eval", str(checkpoint), "--task", "colours", "--json", "--out", str(tmp_path / "again")]) == 0
+        assert json.loads(capsys.readouterr().out)["tasks"]["colours"] == result["evaluation"]["colours"]
+    again = (tmp_path / "again" / "predictions" / "colours.jsonl").read_text()
+    assert again == (out / "predictions" / "colours.jsonl").read_text()
+    own = ["--data", str(tmp_path / "data.json"), "--json"]
+    assert main(["eval", str(out), "--task", "mine", *own]) == 0
+    assert json.loads(capsys.readouterr().out)["tasks"]["mine"]["num_items"] == 12
+    assert main(["eval", str(out), "--task", "colors"]) == 2
+    assert "did you mean 'colours'?" in capsys.readouterr().err
+
+    monkeypatch.setattr(trial, "train", None)  # a run that has ended trains no more
+    assert main(["train", str(run_file), "--out", str(out), "stages.finetune.steps=2"]) == 0
+
+
+def test_a_directory_of_another_run_is_refused(run_file: Path, tmp_path: Path) -> None:
+    run = load(RunConfig, run_file)
+    run_trial(dataclasses.replace(run, stages={}), tmp_path / "out")
+    with pytest.raises(ValueError, match="holds a run of another configuration"):
+        run_trial(run, tmp_path / "out")
+
+
+def test_stopped_after_training_it_only_evaluates(
+    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = load(RunConfig, run_file)
+    whole = run_trial(run, tmp_path / "whole", tmp_path / "features")
+
+    def stop(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trial, "evaluate_task", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_trial(run, tmp_path / "cut")
+    assert not (tmp_path / "cut" / "result.json").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.optim.AdamW, "step", stop)
+        continued = run_trial(run, tmp_path / "cut")
+    assert continued["evaluation"] == whole["evaluation"]
+    assert continued["final_loss"] == whole["final_loss"]
+    whole_file, cut_file = (tmp_path / name / "predictions" / "colours.jsonl" for name in ("whole", "cut"))
+    assert cut_file.read_text() == whole_file.read_text()
+
+
+def test_a_sweep_of_real_trials(
+    config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin = tmp_path / "halves.py"
+    plugin.write_text(
+        "from torch import nn\n"
+        "from vlmzoo.connector import TokenConnector, register\n"
+        "@register('halves')\n"
+        "class Halves(TokenConnector):\n"
+        '    """Every other patch."""\n'
+        "    def __init__(self, vision_dim, text_dim):\n"
+        "        super().__init__()\n"
+        "        self.project = nn.Linear(vision_dim, text_dim)\n"
+        "    def num_tokens(self, grid):\n"
+        "        return -(-grid[0] * grid[1] // 2)\n"
+        "    def forward(self, patches, grid):\n"
+        "        return self.project(patches[:, ::2])\n"
+    )
+    study = tmp_path / "study.yaml"
+    study.write_text(yaml.safe_dump({"run": config, "connectors": ["linear", "halves"], "seeds": [0]}))
+    out = tmp_path / "sweep"
+    monkeypatch.chdir(Path(__file__).parents[2])
+    command = ["sweep", str(study), "--out", str(out), "--plugin", str(plugin)]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "halves" in shown
+    assert "report.html" in shown
+    rows = json.loads((out / "summary.json").read_text())["rows"]
+    assert {row["connector"]: row["visual_tokens"] for row in rows} == {"linear": 9, "halves": 5}
+    assert len(list((out / "features").glob("*.lock"))) == 1
+    before = {file: file.stat().st_mtime_ns for file in out.glob("trials/*/result.json")}
+    assert len(before) == 2
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == rows
+    assert before == {file: file.stat().st_mtime_ns for file in out.glob("trials/*/result.json")}
