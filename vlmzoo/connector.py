@@ -226,10 +226,11 @@ class TokenConnectorAdapter(Connector):
             rows = [row for row, other in enumerate(features.grids) if other == grid]
             tokens = self.inner(features.values[rows, : grid[0] * grid[1]], grid)
             crops.update(zip(rows, tokens, strict=True))
-        images: list[list[Tensor]] = [[] for _ in visual.layouts]
-        for crop, image in enumerate(visual.image_of_crop.tolist()):
-            images[image].append(crops[crop])
-        return pad_tokens([torch.cat(image) for image in images])
+        images, first = [], 0
+        for layout in visual.layouts:
+            images.append(torch.cat([crops[crop] for crop in range(first, first + layout.num_crops)]))
+            first += layout.num_crops
+        return pad_tokens(images)
 
 
 def pad_tokens(images: Sequence[Tensor]) -> VisualTokens:

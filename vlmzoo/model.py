@@ -39,7 +39,7 @@ class VisionLanguageConfig(PreTrainedConfig):
     """What a saved model needs to be built again: both halves' configurations, the connector and its options."""
 
     model_type = "vlmzoo"
-    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012  # pyright: ignore[reportAssignmentType]
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
     config: VisionLanguageConfig
     config_class = VisionLanguageConfig
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -100,11 +100,11 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         language: PreTrainedModel | None = None,
     ) -> None:
         super().__init__(config)
-        tower = vision if vision is not None else AutoModel.from_config(config.vision_config)
-        language = language if language is not None else AutoModelForCausalLM.from_config(config.text_config)
+        tower: Any = vision if vision is not None else AutoModel.from_config(config.vision_config)
+        decoder: Any = language if language is not None else AutoModelForCausalLM.from_config(config.text_config)
         self.vision = VisionEncoder(tower, layer=config.vision_layer, image_size=config.image_size)
-        self.language = language
-        self.text_spec = build.text_spec(language.config)
+        self.language: PreTrainedModel = decoder
+        self.text_spec = build.text_spec(decoder.config)
         if connector is None:
             build.check_plugin(config.connector, config.plugin)
             connector = build.connector(
@@ -112,7 +112,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             )
         self.connector = connector
         self.in_llm_layers = connector.llm_layers()
-        attach(language)
+        attach(decoder)
         self.post_init()
 
     @classmethod
@@ -289,6 +289,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             position_ids = positions(attention_mask, input_ids.shape[1])
         columns = None
         if labels is not None:
+            use_cache = bool(use_cache)  # a cache is the LLM's default, and of no use in training
             columns = (labels[:, 1:] != IGNORE).any(0).nonzero().squeeze(1)
             logits_to_keep = columns
         output = self.language(
@@ -351,7 +352,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
     def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any) -> Any:
         if kwargs.get("visual") is not None and expand_size > 1:
             kwargs["visual"] = kwargs["visual"].expand(expand_size)
-        return super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
+        expand = super()._expand_inputs_for_generation  # pyright: ignore[reportAttributeAccessIssue]
+        return expand(expand_size=expand_size, **kwargs)
 
 
 def _cast(features: FeatureMap, dtype: torch.dtype, device: torch.device) -> FeatureMap:

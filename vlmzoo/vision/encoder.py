@@ -75,9 +75,10 @@ class VisionEncoder(nn.Module):
             parts = [self._encode_chunk(part, chunk, layers, request) for part in pixel_values.split(chunk)]
         maps = []
         for index in range(len(layers)):
-            pieces = zip(*(part[index] for part in parts), strict=True)
-            values, cls, attention = (None if piece[0] is None else torch.cat(piece) for piece in pieces)
-            maps.append(FeatureMap.dense(values, grid, cls=cls, cls_attention=attention))
+            states = torch.cat([part[index][0] for part in parts])
+            cls = torch.cat([part[index][1] for part in parts]) if request.cls else None
+            attention = torch.cat([part[index][2] for part in parts]) if request.cls_attention else None
+            maps.append(FeatureMap.dense(states, grid, cls, attention))
         return tuple(maps)
 
     def _encode_chunk(self, pixels: Tensor, chunk: int, layers: tuple[int, ...], request: FeatureRequest) -> list:

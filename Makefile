@@ -1,0 +1,29 @@
+# `make sweep` and `make test` need Python >= 3.11 and make; they set up .venv themselves, once.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help sweep test lint clean
+help:
+	@echo "make sweep   compare five connectors on the embedded world (about 15 minutes on two cores)"
+	@echo "make test    lint, types, tests, and the wheel in an empty environment"
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("vlmzoo needs Python >= 3.11, this is " + sys.version)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+.PHONY: .venv
+.venv: .venv/installed
+
+sweep: .venv/installed
+	$(BIN)/vlmzoo sweep experiments/connectors.yaml --out runs/connectors
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+test: lint
+	$(BIN)/python -m pytest

@@ -1,0 +1,84 @@
+"""Imports run one way, downward."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+LAYERS = [
+    {"registry"},
+    {"connector", "config"},
+    {"connectors", "vision", "language", "data", "world", "kernels"},
+    {"build"},
+    {"splice"},
+    {"model"},
+    {"processor"},
+    {"training", "evaluation", "conformance"},
+    {"sweeps"},
+    {"cli", "commands", "__main__"},
+]
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+ALLOWED_SIDEWAYS = {("connectors", "kernels")}
+
+
+def imports(source: str) -> set[str]:
+    """Modules that a source imports, at its top or inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            found.add(node.module or "")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def faults(room: str, source: str) -> list[str]:
+    """What a room's source imports although it stands no lower."""
+    found = []
+    for module in imports(source):
+        parts = module.split(".")
+        if parts[0] == "vlmzoo" and len(parts) > 1 and parts[1] in LEVEL:
+            other = parts[1]
+            if other != room and LEVEL[other] >= LEVEL[room] and (room, other) not in ALLOWED_SIDEWAYS:
+                found.append(f"{room} imports {module}")
+        if room == "world" and parts[0] == "vlmzoo" and parts[1:2] not in ([], ["world"], ["__version__"]):
+            found.append(f"world imports {module}")
+        if room == "connectors" and module.startswith("transformers"):
+            found.append(f"connectors import {module}")
+    return found
+
+
+def sources() -> list[tuple[str, Path]]:
+    found = [(path.stem, path) for path in (ROOT / "vlmzoo").glob("*.py") if path.stem != "__init__"]
+    for folder in (ROOT / "vlmzoo").iterdir():
+        if folder.is_dir() and not folder.name.startswith("_"):
+            found += [(folder.name, path) for path in folder.resolve().rglob("*.py")]
+    return found
+
+
+def test_every_room_has_its_level():
+    assert {room for room, _ in sources()} <= set(LEVEL)
+
+
+@pytest.mark.parametrize(("room", "path"), [pytest.param(r, p, id=f"{r}-{p.name}") for r, p in sources()])
+def test_imports_run_downward(room: str, path: Path):
+    assert faults(room, path.read_text()) == []
+
+
+def test_kernels_stand_alone():
+    for path in (ROOT / "kernels").glob("*.py"):
+        for module in imports(path.read_text()):
+            top = module.split(".")[0]
+            assert top in {"torch", "triton"} | sys.stdlib_module_names or module.startswith("vlmzoo.kernels"), module
+    assert not (ROOT / "kernels" / "__init__.py").exists(), "it would shadow the package `kernels` of transformers"
+
+
+def test_an_upward_import_is_caught():
+    assert "connectors imports vlmzoo.model" in faults("connectors", "from vlmzoo.model import VisionLanguageModel")
+    assert faults("data", "def f():\n    import vlmzoo.build") == ["data imports vlmzoo.build"]
+    assert faults("connectors", "from vlmzoo.kernels.attention import latent_attention") == []

@@ -1,0 +1,90 @@
+"""Features are the tower's own hidden states: layer, CLS, size; bit-equal however they are batched."""
+
+import pytest
+import torch
+from transformers import AutoModel, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+from tests.tiny import CLIP, SIGLIP, pixels
+from vlmzoo import build
+from vlmzoo.config import EncoderConfig
+from vlmzoo.connector import FeatureRequest
+from vlmzoo.vision.encoder import VisionEncoder
+
+
+def encoder(config, **kwargs):
+    return VisionEncoder(build.vision(EncoderConfig(config=config)), **kwargs).eval()
+
+
+@pytest.mark.parametrize(("config", "first"), [(CLIP, 1), (SIGLIP, 0)], ids=["clip", "siglip"])
+@pytest.mark.parametrize("layer", [-2, -1, 0, 2])
+def test_features_are_hidden_states(config, first, layer):
+    part = encoder(config, layer=layer)
+    (found,) = part.encode(pixels(3), FeatureRequest(cls=bool(first)))
+    expected = part.model(pixel_values=pixels(3), output_hidden_states=True).hidden_states[layer]
+    torch.testing.assert_close(found.values, expected[:, first:])
+    assert found.values.shape == (3, 9, 32), "CLS is dropped only where there is one"
+    assert found.grids == ((3, 3),) * 3
+    assert not found.values.requires_grad or any(p.requires_grad for p in part.parameters())
+    if first:
+        torch.testing.assert_close(found.cls, expected[:, 0])
+
+
+def test_several_layers_and_cls_attention():
+    part = encoder(CLIP)
+    part.model.set_attn_implementation("eager")
+    low, high = part.encode(pixels(2), FeatureRequest(layers=(1, -1), cls_attention=True))
+    states = part.model(pixel_values=pixels(2), output_hidden_states=True, output_attentions=True)
+    torch.testing.assert_close(low.values, states.hidden_states[1][:, 1:])
+    torch.testing.assert_close(high.values, states.hidden_states[-1][:, 1:])
+    torch.testing.assert_close(low.cls_attention, states.attentions[0][:, :, 0, 1:])
+    torch.testing.assert_close(high.cls_attention, states.attentions[2][:, :, 0, 1:])
+
+
+@pytest.mark.parametrize("config", [CLIP, SIGLIP], ids=["clip", "siglip"])
+@pytest.mark.parametrize("size", [(24, 40), (48, 48), (16, 24)])
+def test_any_image_size(config, size):
+    part = encoder(config)
+    (found,) = part.encode(torch.randn(2, 3, *size), FeatureRequest())
+    assert found.grids[0] == (size[0] // 8, size[1] // 8)
+    assert found.values.shape[1] == size[0] * size[1] // 64
+
+
+@pytest.mark.parametrize("config", [CLIP, SIGLIP], ids=["clip", "siglip"])
+def test_features_do_not_depend_on_the_batch(config):
+    part = encoder(config)
+    images = pixels(37)
+    (whole,) = part.encode(images, FeatureRequest())
+    for start, count in [(0, 1), (5, 16), (3, 30), (36, 1)]:
+        (some,) = part.encode(images[start : start + count], FeatureRequest())
+        assert torch.equal(some.values, whole.values[start : start + count])
+
+
+def test_cls_of_a_tower_without_one_is_refused():
+    with pytest.raises(ValueError, match="siglip_vision_model, which has none"):
+        encoder(SIGLIP).encode(pixels(1), FeatureRequest(cls=True))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"), [({"layer": 4}, "hidden states -4 to 3"), ({"image_size": 4}, "8 pixels")]
+)
+def test_what_the_tower_lacks_is_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        encoder(CLIP, **kwargs)
+
+
+def test_an_unknown_tower_is_refused():
+    with pytest.raises(ValueError, match="unknown encoder type 'vit'"):
+        VisionEncoder(AutoModel.from_config(__import__("transformers").ViTConfig(hidden_size=32, num_hidden_layers=1)))
+
+
+def test_the_tower_of_a_whole_clip_is_loaded(tmp_path):
+    vision = CLIPVisionConfig(**{key: value for key, value in CLIP.items() if key != "model_type"})
+    text = CLIPTextConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9
+    )
+    whole = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict())).eval()
+    whole.save_pretrained(tmp_path)
+    part = VisionEncoder(build.vision(EncoderConfig(name=str(tmp_path)))).eval()
+    (found,) = part.encode(pixels(2), FeatureRequest())
+    states = whole.vision_model(pixel_values=pixels(2), output_hidden_states=True).hidden_states
+    torch.testing.assert_close(found.values, states[-2][:, 1:])

@@ -1,0 +1,95 @@
+"""Image files -> pixel values: contained in their folder, capped before decoding, decoded whole or not at all."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+from torch import Tensor
+
+MAX_PIXELS = 64_000_000
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; the message names the file and, where it is known, the record."""
+
+
+def image_path(folder: Path, name: str, where: str) -> Path:
+    """The resolved path of an image below a resolved folder.
+
+    Raises:
+        ImageError: no such file, or one outside the folder (an absolute path, `..`, a link that leads out).
+    """
+    try:
+        path = (folder / name).resolve()
+        found = path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a NUL in it, links in a circle
+        raise ImageError(f"{where}: image {name!r} is no usable path ({error})") from None
+    if not path.is_relative_to(folder):
+        raise ImageError(f"{where}: image {name!r} lies outside the image folder {folder}")
+    if not found:
+        raise ImageError(f"{where}: image {name!r} is not in {folder}")
+    return path
+
+
+def load_image(path: Path, *, where: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image in RGB.
+
+    Args:
+        where: names the record in messages.
+        max_pixels: of the smallest square around the image, which mode `pad` will allocate.
+
+    Raises:
+        ImageError: the file is missing, no image, truncated, or too large; the size is read before the pixels are.
+    """
+    name = f"{where}: image {path}" if where else f"image {path}"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own cap is below
+            image = Image.open(path)
+        with image:
+            width, height = image.size
+            if max(width, height) ** 2 > max_pixels:
+                side = int(max_pixels**0.5)
+                raise ImageError(f"{name} is {width} x {height} pixels; at most {side} x {side} are decoded")
+            return image.convert("RGB")
+    except Image.DecompressionBombError:
+        raise ImageError(f"{name} has more pixels than can be decoded safely; at most {max_pixels} are") from None
+    except FileNotFoundError:
+        raise ImageError(f"{name} does not exist") from None
+    except ImageError:
+        raise
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:  # as PIL's decoders fail
+        raise ImageError(f"{name} cannot be decoded ({error})") from None
+
+
+def to_pixel_values(
+    image: Image.Image, image_processor: Any, mode: Literal["square", "pad"], image_size: int
+) -> Tensor:
+    """Pixel values (3, image_size, image_size), resized and normalised by the encoder's own image processor.
+
+    `square` scales the shorter side and crops the centre, for every encoder; `pad` first expands the image to a
+    square with the processor's mean colour, so that nothing is lost.
+
+    Source: Liu et al., Improved Baselines with Visual Instruction Tuning (2024); `expand2square` in LLaVA's code.
+    """
+    if mode == "pad":
+        image = _expand_to_square(image, tuple(int(mean * 255) for mean in image_processor.image_mean))
+    output = image_processor(
+        image,
+        size={"shortest_edge": image_size},
+        do_center_crop=True,
+        crop_size={"height": image_size, "width": image_size},
+        return_tensors="pt",
+    )
+    return output["pixel_values"][0]
+
+
+def _expand_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square

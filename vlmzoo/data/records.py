@@ -1,0 +1,115 @@
+"""LLaVA's JSON -> records whose structure has been checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vlmzoo.data.images import image_path
+
+IMAGE_TOKEN = "<image>"
+Role = Literal["human", "gpt"]
+ROLES: tuple[Role, Role] = ("human", "gpt")
+
+
+class RecordError(ValueError):
+    """A record or a data set that cannot be used; the message names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A conversation about images. Human and gpt turns alternate; the n-th `<image>` stands for the n-th image."""
+
+    id: str
+    images: tuple[Path, ...]
+    turns: tuple[Turn, ...]
+    where: str  # names the record in messages: train.json[17] (id 'abc')
+    capability: str | None = None  # what a question asks for, in evaluation data
+
+
+def read_records(json_path: Path, image_folder: Path, limit: int | None = None) -> list[Record]:
+    """The records of a LLaVA JSON file, every one checked; images are found but not decoded.
+
+    `image` is a path below the image folder, or a list of several; without it a record is text alone. A record
+    without `id` is known by its index.
+
+    Args:
+        limit: only the first so many records.
+
+    Raises:
+        RecordError: a file that is no JSON list or holds no record, or a record with a fault.
+        ImageError: an image that is missing or lies outside the folder.
+    """
+    try:
+        values = json.loads(json_path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise RecordError(f"{json_path}: not valid JSON at line {error.lineno}: {error.msg}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordError(f"{json_path}: cannot be read ({error})") from None
+    if not isinstance(values, list):
+        raise RecordError(f"{json_path}: expected a list of records, got {_kind(values)}")
+    if limit is not None and limit < 1:
+        raise RecordError(f"{json_path}: limit {limit} leaves no record; expected at least 1")
+    if not values:
+        raise RecordError(f"{json_path}: holds no record; expected at least one")
+    if any(isinstance(value, dict) and value.get("image") for value in values[:limit]) and not image_folder.is_dir():
+        raise RecordError(f"{json_path}: its records have images, but there is no image folder {image_folder}")
+    folder = image_folder.resolve()
+    return [_record(value, f"{json_path.name}[{index}]", index, folder) for index, value in enumerate(values[:limit])]
+
+
+def _record(value: Any, where: str, index: int, folder: Path) -> Record:
+    if not isinstance(value, dict):
+        raise RecordError(f"{where}: expected an object with `conversations`, got {_kind(value)}")
+    name = str(value.get("id", index))
+    where = f"{where} (id {name!r})"
+    turns = _turns(value, where)
+    names = value.get("image", [])
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(item, str) and item for item in names):
+        raise RecordError(f"{where}: `image` must be a path or a list of paths, got {value['image']!r}")
+    placeholders = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
+    if placeholders != len(names):
+        raise RecordError(f"{where}: {placeholders} {IMAGE_TOKEN} in its human turns for {len(names)} images")
+    capability = value.get("capability")
+    if not isinstance(capability, str | None):
+        raise RecordError(f"{where}: `capability` must be a text, got {_kind(capability)}")
+    return Record(name, tuple(image_path(folder, item, where) for item in names), turns, where, capability)
+
+
+def _turns(value: Mapping[str, Any], where: str) -> tuple[Turn, ...]:
+    found = value.get("conversations")
+    if not isinstance(found, list) or not found:
+        raise RecordError(f"{where}: `conversations` must be a list of turns, got {_kind(found)}")
+    turns = []
+    for index, item in enumerate(found):
+        place, role = f"{where}: turn {index}", ROLES[index % 2]
+        if not isinstance(item, dict) or not isinstance(item.get("value"), str):
+            raise RecordError(f"{place}: expected an object with texts `from` and `value`, got {_kind(item)}")
+        if item.get("from") != role:
+            raise RecordError(f"{place} is from {item.get('from')!r}, expected {role!r}: human begins, gpt answers")
+        if role == "gpt" and not item["value"].strip():
+            raise RecordError(f"{place}: the answer is empty")
+        if role == "gpt" and IMAGE_TOKEN in item["value"]:
+            raise RecordError(f"{place}: the answer holds {IMAGE_TOKEN}, which belongs to human turns")
+        turns.append(Turn(role, item["value"]))
+    if len(turns) % 2:
+        raise RecordError(f"{where}: the last human turn has no answer from gpt")
+    return tuple(turns)
+
+
+def _kind(value: object) -> str:
+    """What a JSON value is, for messages."""
+    if isinstance(value, list | dict) and not value:
+        return "an empty list" if isinstance(value, list) else "an empty object"
+    names = {dict: "an object", list: "a list", str: "a text", type(None): "nothing", bool: "true or false"}
+    return names.get(type(value), "a number")

@@ -1,0 +1,112 @@
+"""Records -> samples: ids with every image's slots laid out, and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from vlmzoo.config import Template
+from vlmzoo.connector import Grid, ImageLayout
+from vlmzoo.data.records import IMAGE_TOKEN, Record, RecordError
+from vlmzoo.data.templates import instruction_texts, special_tokens
+from vlmzoo.data.tokens import encode_conversation
+
+IGNORE = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A record as the model reads it."""
+
+    input_ids: list[int]
+    labels: list[int]  # IGNORE where there is no target
+    images: tuple[Path, ...]
+    layouts: tuple[ImageLayout, ...]  # one an image
+    instruction_ids: tuple[list[int], ...]  # one an image where the connector reads the instruction, else none
+    record: Record
+
+
+@dataclass(frozen=True)
+class SampleBuilder:
+    """Builds samples for one model and one template.
+
+    Args:
+        tokenizer: a fast one, with `<image>` as a special token.
+        num_tokens: the slots that an image takes, from its layout.
+        grid: of an image, in patches.
+        max_length: tokens of a sample, visual ones included; text beyond it is cut.
+        instruction: whether the connector reads the instruction.
+
+    Raises:
+        ValueError: the tokenizer lacks what the template needs.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    image_token_id: int
+    num_tokens: Callable[[ImageLayout], int]
+    grid: Grid
+    template: Template
+    max_length: int
+    instruction: bool = False
+
+    def __post_init__(self) -> None:
+        name = f"tokenizer {self.tokenizer.name_or_path or type(self.tokenizer).__name__}"
+        if not self.tokenizer.is_fast:
+            raise ValueError(f"{name} gives no character offsets; expected a fast tokenizer (tokenizer.json)")
+        if (found := special_tokens(self.tokenizer).get(IMAGE_TOKEN)) != self.image_token_id:
+            raise ValueError(f"{name}: {IMAGE_TOKEN} has id {found}, the model expects {self.image_token_id}")
+        if self.tokenizer.pad_token_id is None:
+            raise ValueError(f"{name} has no pad token; set its pad_token")
+        if self.template is Template.vicuna_v1 and self.tokenizer.eos_token is None:
+            raise ValueError(f"{name} has no EOS to end an answer of template vicuna_v1 with; set its eos_token")
+        if self.template is Template.chat and not self.tokenizer.chat_template:
+            raise ValueError(f"{name} has no chat template; set its chat_template, or use template vicuna_v1")
+
+    def build(self, record: Record, *, generation: bool = False) -> Sample:
+        """The record's sample; for generation, its prompt without the last answer.
+
+        Raises:
+            RecordError: a conversation that the template cannot express, an image or all targets beyond
+                `max_length`, a prompt longer than that, no target at all.
+        """
+        try:
+            tokens = encode_conversation(record.turns, self.template, self.tokenizer, generation=generation)
+        except ValueError as error:
+            raise RecordError(f"{record.where}: {error}") from None
+        layouts = tuple(ImageLayout((self.grid,)) for _ in record.images)
+        if (placed := tokens.input_ids.count(self.image_token_id)) != len(layouts):
+            raise RecordError(f"{record.where}: its text has {placed} {IMAGE_TOKEN} for {len(layouts)} images")
+        slots = iter([self.num_tokens(layout) for layout in layouts])
+        ids: list[int] = []
+        labels: list[int] = []
+        images_end = 0
+        for token, supervised in zip(tokens.input_ids, tokens.supervised, strict=True):
+            is_image = token == self.image_token_id
+            count = next(slots) if is_image else 1
+            ids += [token] * count
+            labels += [token if supervised and not is_image else IGNORE] * count
+            images_end = len(ids) if is_image else images_end
+        self._check_length(record, len(ids), images_end, generation)
+        ids, labels = ids[: self.max_length], labels[: self.max_length]
+        if not generation and all(label == IGNORE for label in labels):
+            raise RecordError(
+                f"{record.where}: no target within {self.max_length} tokens; shorten it or raise max_length"
+            )
+        return Sample(ids, labels, record.images, layouts, self._instructions(record), record)
+
+    def _check_length(self, record: Record, length: int, images_end: int, generation: bool) -> None:
+        if images_end > self.max_length:
+            raise RecordError(
+                f"{record.where}: its images end at token {images_end}, beyond max_length {self.max_length}"
+            )
+        if generation and length > self.max_length:
+            raise RecordError(f"{record.where}: its prompt has {length} tokens, more than max_length {self.max_length}")
+
+    def _instructions(self, record: Record) -> tuple[list[int], ...]:
+        if not self.instruction:
+            return ()
+        texts = instruction_texts(record.turns, self.template)
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
