@@ -9,13 +9,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = [
-    {"registry"},
+    {"registry", "files"},
     {"connector", "config"},
     {"connectors", "vision", "language", "data", "world", "kernels"},
     {"build"},
     {"splice"},
     {"model"},
     {"processor"},
+    {"samples"},
     {"training", "evaluation", "conformance"},
     {"sweeps"},
     {"cli", "commands", "__main__"},

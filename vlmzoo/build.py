@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib
 import importlib.util
+import os
 import pkgutil
 import sys
 import warnings
@@ -28,6 +29,7 @@ from transformers import (
 
 from vlmzoo.config import ConnectorConfig, DataConfig, EncoderConfig, LLMConfig, RunConfig
 from vlmzoo.connector import Connector, TextSpec, TokenConnector, TokenConnectorAdapter, VisionSpec, connectors
+from vlmzoo.registry import unknown
 
 IMAGE_TOKEN = "<image>"
 ENTRY_POINTS = "vlmzoo.connectors"
@@ -200,13 +202,22 @@ def image_processor(config: EncoderConfig) -> Any:
 
 def dataset(config: DataConfig) -> tuple[Path, Path]:
     """The JSON file and the image folder of a data set; `world:NAME` is drawn into a cache folder at first use."""
-    from vlmzoo import world
-
     if config.path.startswith("world:"):
-        file = world.dataset(config.path.removeprefix("world:"))
+        from vlmzoo import world
+        from vlmzoo.world.datasets import write_dataset
+
+        name = config.path.removeprefix("world:")
+        if name not in world.DATASETS:
+            raise unknown("world data set", name, world.DATASETS)
+        file = write_dataset(name, cache_folder() / "world", world.DATASETS[name], seed=0)
     else:
         file = Path(config.path).expanduser()
     return file, Path(config.images).expanduser() if config.images else file.parent / "images"
+
+
+def cache_folder() -> Path:
+    """Where files stand that can be made again: $VLMZOO_CACHE, or `~/.cache/vlmzoo`."""
+    return Path(os.environ.get("VLMZOO_CACHE") or "~/.cache/vlmzoo").expanduser()
 
 
 def _source(name: str | None, where: str) -> str:

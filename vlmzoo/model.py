@@ -19,7 +19,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vlmzoo import build
-from vlmzoo.config import ConnectorConfig, EncoderConfig, LLMConfig, parse
+from vlmzoo.config import ConnectorConfig, EncoderConfig, LLMConfig, RunConfig, parse
 from vlmzoo.connector import (
     Connector,
     FeatureMap,
@@ -161,6 +161,12 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             connector = connector.to(dtype)
         return cls(config, vision=encoder, connector=connector, language=llm)
 
+    @classmethod
+    def of_run(cls, run: RunConfig) -> VisionLanguageModel:
+        """A run's model before its first step; all its connector draws comes from the run's own seed."""
+        dtype = getattr(torch, run.dtype)
+        return cls.from_parts(run.encoder, run.connector, run.llm, seed=run.seed.init, dtype=dtype)
+
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: the encoder and the LLM initialise themselves, and a connector's constructor has done it."""
 
@@ -175,6 +181,14 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
 
     def get_decoder(self) -> nn.Module:
         return self.language.get_decoder()
+
+    def checkpoint_activations(self, enabled: bool) -> None:
+        """Has the backward pass compute activations again, or not, in all parts that can."""
+        if enabled == any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
+            return
+        name = f"checkpointing_{'enable' if enabled else 'disable'}"
+        new, old = f"activation_{name}", f"gradient_{name}"  # transformers 5.17 knows the old name alone
+        getattr(self, new if hasattr(self, new) else old)()
 
     def num_tokens(self, layout: ImageLayout) -> int:
         """The slots one image takes in `input_ids`."""

@@ -30,7 +30,7 @@ LLAMA_CHAT = (
 
 def _finish(tokenizer: Tokenizer, chat_template: str | None, **special: str) -> PreTrainedTokenizerBase:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template, **special)
-    fast.add_special_tokens({"extra_special_tokens": [*fast.extra_special_tokens, "<image>"]})
+    fast.add_special_tokens({"extra_special_tokens": ["<image>"]})
     return fast
 
 

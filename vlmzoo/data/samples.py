@@ -87,7 +87,7 @@ class SampleBuilder:
             is_image = token == self.image_token_id
             count = next(slots) if is_image else 1
             ids += [token] * count
-            labels += [token if supervised and not is_image else IGNORE] * count
+            labels += [token if supervised else IGNORE] * count
             images_end = len(ids) if is_image else images_end
         self._check_length(record, len(ids), images_end, generation)
         ids, labels = ids[: self.max_length], labels[: self.max_length]

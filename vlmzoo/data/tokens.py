@@ -42,7 +42,7 @@ def encode_conversation(
     supervised, previous = [], 0
     for token, (start, end) in zip(ids, encoded["offset_mapping"], strict=True):
         start = previous if start == end else start  # byte-level tokenizers trim the space that such a token is
-        supervised.append(any(_overlaps(start, end, span, token in special) for span in rendered.targets))
+        supervised.append(any(_is_target(start, end, span, token in special) for span in rendered.targets))
         previous = end
     begin = _begin(tokenizer)
     if ids[:1] != begin:  # a chat template may have written it
@@ -50,14 +50,9 @@ def encode_conversation(
     return Tokenised(ids, supervised)
 
 
-def _overlaps(start: int, end: int, target: Span, special: bool) -> bool:
-    """Whether a token shares a character with a target; an inserted one of no width belongs to what follows it.
-
-    A special token that begins before the target has only swallowed the space after it.
-    """
-    if start < target[0] and special:
-        return False
-    return start < target[1] and (end > target[0] or start == end == target[0])
+def _is_target(start: int, end: int, target: Span, special: bool) -> bool:
+    """Whether a token shares a character with a target. A special one that begins before it only swallowed space."""
+    return start < target[1] and end > target[0] and not (special and start < target[0])
 
 
 def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:

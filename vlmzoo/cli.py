@@ -1,0 +1,227 @@
+"""The command line: what may be said, and how every mistake ends in one line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from vlmzoo import __version__, commands
+from vlmzoo.registry import unknown
+
+Arguments = Callable[[argparse.ArgumentParser], None]
+
+
+@dataclass(frozen=True)
+class Command:
+    run: Callable[[argparse.Namespace], int]
+    summary: str
+    example: str
+    arguments: Arguments
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line like all of ours, with the nearest option."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see `{self.prog} --help`")
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Options and positionals in any order.
+
+        Raises:
+            ValueError: anything that the command does not take.
+        """
+        options = ["--help", *re.findall(r"--[\w-]+", self.format_usage())]
+        for argument in arguments:
+            if argument.startswith("--") and (option := argument.partition("=")[0]) not in options:
+                raise unknown("option", option, options)
+        known, rest = self.parse_known_intermixed_args(arguments)
+        if rest:
+            raise ValueError(f"unexpected argument {rest[0]!r}; see `{self.prog} --help`")
+        return known
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 0, 1 where what was looked at is faulty or a trial failed, 2 for a mistake, 130 for Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(arguments)
+    except KeyboardInterrupt:
+        print("vlmzoo: stopped; the same command continues from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `vlmzoo list connectors | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except ValueError as error:
+        if not _ours(error):
+            raise
+        return _fail(str(error))
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"vlmzoo {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        raise unknown("command", name, COMMANDS)
+    command = COMMANDS[name]
+    parser = Parser(
+        prog=f"vlmzoo {name}",
+        description=command.summary[0].upper() + command.summary[1:] + ".",
+        epilog=f"example:\n  {command.example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.arguments(parser)
+    return command.run(parser.parse(rest))
+
+
+def _fail(message: str) -> int:
+    print(f"vlmzoo: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _ours(error: ValueError) -> bool:
+    """Whether the error was written for the user: raised by this package or a plugin, not by a library under it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("vlmzoo")
+
+
+def _overview() -> str:
+    lines = [f"  {name:<8} {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: vlmzoo COMMAND ...",
+            "",
+            "What should stand between the vision encoder and the language model?",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "example:",
+            "  vlmzoo sweep experiments/connectors.yaml",
+            "",
+            "`vlmzoo COMMAND --help` says more and gives an example.",
+        ]
+    )
+
+
+def _plugin(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--plugin", metavar="FILE.py", type=Path, action="append", default=[], help="a file that registers connectors"
+    )
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+
+
+def _overrides(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("overrides", metavar="a.b=c", nargs="*", default=[], help=what)
+
+
+def _one_of(what: str, *names: str) -> Callable[[str], str]:
+    def choose(name: str) -> str:
+        if name not in names:
+            raise argparse.ArgumentTypeError(str(unknown(what, name, names)))
+        return name
+
+    return choose
+
+
+def _list(parser: argparse.ArgumentParser) -> None:
+    kinds = ("connectors", "encoders", "llms", "tasks")
+    parser.add_argument("kind", metavar="KIND", type=_one_of("kind", *kinds), help=", ".join(kinds))
+    _plugin(parser)
+    _json(parser)
+
+
+def _check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("connector", metavar="NAME|FILE.py", help="a connector, or a file that registers some")
+    _overrides(parser, "options of the connector, such as num_queries=8")
+    _plugin(parser)
+    _json(parser)
+
+
+def _train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="RUN.yaml", type=Path)
+    _overrides(parser, "keys of the run to change, such as stages.align.steps=50")
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, help="the run's directory (default: runs/<name of the YAML>)"
+    )
+    parser.add_argument("--cache", metavar="DIR", type=Path, help="where features are kept (default: OUT/features)")
+    _plugin(parser)
+
+
+def _eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a run's directory, or the model/ in it")
+    parser.add_argument("--task", metavar="NAME", action="append", required=True, help="`world`, or a task of the run")
+    parser.add_argument("--data", metavar="FILE", type=Path, help="questions of your own, as LLaVA JSON, for the task")
+    parser.add_argument("--images", metavar="DIR", type=Path, help="their images (default: images/ beside FILE)")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="where predictions are written (default: nowhere)")
+    _plugin(parser)
+    _json(parser)
+
+
+def _sweep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="STUDY.yaml", type=Path)
+    _overrides(parser, "keys of the study to change, such as run.stages.align.steps=50")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="its directory (default: runs/<name of the YAML>)")
+    parser.add_argument("--workers", metavar="N", type=int, help="trials at a time (default: as many as cores or GPUs)")
+    parser.add_argument("--dry-run", action="store_true", help="only show the trials, and which are done")
+    _plugin(parser)
+    _json(parser)
+
+
+def _report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", metavar="SWEEP_DIR", type=Path)
+
+
+def _world(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", metavar="build|show", type=_one_of("action", "build", "show"))
+    parser.add_argument("--only", metavar="NAME", help="build: this model alone")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the training or the scenes (default: 0)")
+    parser.add_argument(
+        "--out", metavar="PATH", type=Path, help="build: a folder (default: runs/world); show: a PNG (runs/world.png)"
+    )
+
+
+COMMANDS = {
+    "list": Command(
+        commands.show_list, "list what can be named in a YAML", "vlmzoo list connectors --plugin my.py", _list
+    ),
+    "check": Command(
+        commands.check, "test whether a connector keeps its contract", "vlmzoo check qformer num_queries=8", _check
+    ),
+    "train": Command(
+        commands.train,
+        "train and evaluate one run; the same command again continues",
+        "vlmzoo train experiments/quick.yaml connector=linear --out runs/linear",
+        _train,
+    ),
+    "eval": Command(commands.evaluate, "evaluate a trained model", "vlmzoo eval runs/quick --task world", _eval),
+    "sweep": Command(
+        commands.sweep,
+        "compare connectors: every combination of a study, a table and a report",
+        "vlmzoo sweep experiments/connectors.yaml seeds=[0,1,2] --out runs/three-seeds",
+        _sweep,
+    ),
+    "report": Command(
+        commands.report, "write a sweep's summary and report again", "vlmzoo report runs/connectors", _report
+    ),
+    "world": Command(commands.world, "build or look at the embedded world", "vlmzoo world show --seed 7", _world),
+}

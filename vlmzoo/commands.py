@@ -1,0 +1,180 @@
+"""What each command does, with imports as late as they can be: `vlmzoo --help` waits for none of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+RUNS = Path("runs")
+
+
+def show_list(args: argparse.Namespace) -> int:
+    from vlmzoo.sweeps import catalogue
+
+    with _quiet(args.json):
+        rows = catalogue.entries(args.kind, args.plugin)
+    if args.json:
+        _print_json({args.kind: rows})
+        return 0
+    for row in rows:
+        options = ", ".join(f"{name}={value}" for name, value in row.get("options", {}).items())
+        print(f"{row['name']}\n    {row['summary']}")
+        if options:
+            print(f"    options: {options}")
+    return 0
+
+
+def check(args: argparse.Namespace) -> int:
+    import yaml
+
+    from vlmzoo import build, conformance
+
+    for override in args.overrides:
+        if "=" not in override:
+            raise ValueError(f"option {override!r}: expected KEY=VALUE, such as num_queries=8")
+    options = {key: yaml.safe_load(text) for key, _, text in (override.partition("=") for override in args.overrides)}
+    with _quiet(args.json):
+        build.load_connectors(args.plugin)
+        names = build.connectors_of(Path(args.connector)) if args.connector.endswith(".py") else [args.connector]
+        results = {name: conformance.check(name, options) for name in names}
+    passed = all(result.passed for found in results.values() for result in found)
+    if args.json:
+        checks = [
+            {
+                "name": name,
+                "passed": all(result.passed for result in found),
+                "checks": [result.as_dict() for result in found],
+            }
+            for name, found in results.items()
+        ]
+        _print_json({"passed": passed, "connectors": checks})
+        return 0 if passed else 1
+    for name, found in results.items():
+        for result in found:
+            message = f": {result.message}" if result.message else ""
+            print(f"{'ok    ' if result.passed else 'FAILED'}  {name}  {result.name}{message}")
+        failed = sum(not result.passed for result in found)
+        print(
+            f"{name}: {failed} of {len(found)} checks failed" if failed else f"{name}: all {len(found)} checks passed"
+        )
+    return 0 if passed else 1
+
+
+def train(args: argparse.Namespace) -> int:
+    from vlmzoo.config import RunConfig, load
+
+    run = load(RunConfig, args.config, args.overrides)
+    out = args.out or RUNS / args.config.stem
+
+    from vlmzoo import build
+    from vlmzoo.sweeps.table import duration
+    from vlmzoo.sweeps.trial import run_trial
+
+    build.load_connectors(args.plugin)
+    result = run_trial(run, out, args.cache or out / "features")
+    _print_scores(result["evaluation"])
+    print(f"{out}: {result['connector']}, {duration(result['seconds'])}")
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    from vlmzoo import build
+    from vlmzoo.sweeps.checkpoint import evaluate_checkpoint
+
+    if args.data and len(args.task) > 1:
+        raise ValueError(f"--data gives the questions of one task, got {len(args.task)}: {', '.join(args.task)}")
+    if args.images and not args.data:
+        raise ValueError("--images: expected --data with it")
+    with _quiet(args.json):
+        build.load_connectors(args.plugin)
+        scores = evaluate_checkpoint(args.checkpoint, args.task, data=args.data, images=args.images, out=args.out)
+    if args.json:
+        _print_json({"checkpoint": str(args.checkpoint), "tasks": scores})
+    else:
+        _print_scores(scores)
+    return 0
+
+
+def sweep(args: argparse.Namespace) -> int:
+    from vlmzoo.config import SweepConfig, load
+
+    study = load(SweepConfig, args.config, args.overrides)
+    if args.workers is not None and args.workers < 1:
+        raise ValueError(f"--workers: expected at least 1, got {args.workers}")
+    out = args.out or RUNS / args.config.stem
+
+    from vlmzoo import build
+    from vlmzoo.sweeps.engine import train_command
+    from vlmzoo.sweeps.plan import plan, resolve
+    from vlmzoo.sweeps.sweep import state, states
+    from vlmzoo.sweeps.sweep import sweep as run_sweep
+    from vlmzoo.sweeps.table import render
+
+    with _quiet(args.json):
+        build.load_connectors(args.plugin)
+        study = resolve(study)
+        trials = plan(study, out)
+        if not args.dry_run:
+            outcome = run_sweep(study, out, train_command(out / "features", args.plugin), workers=args.workers)
+    if args.dry_run:
+        if args.json:
+            keys = ("hash", "connector", "encoder", "llm", "seed")
+            rows = [{**{key: getattr(trial, key) for key in keys}, "state": state(trial)} for trial in trials]
+            _print_json({"out": str(out), "trials": rows})
+        else:
+            print(states(trials))
+        return 0
+    if args.json:
+        _print_json(outcome.summary)
+    else:
+        print(f"\n{render(outcome.summary)}\n\n{out / 'report.html'}")
+    for trial, failure in outcome.failed:
+        print(f"FAILED  {trial.title}: {failure}", file=sys.stderr)
+    return 1 if outcome.failed else 0
+
+
+def report(args: argparse.Namespace) -> int:
+    from vlmzoo.sweeps.sweep import write_report
+    from vlmzoo.sweeps.table import render
+
+    print(f"{render(write_report(args.directory))}\n\n{args.directory / 'report.html'}")
+    return 0
+
+
+def world(args: argparse.Namespace) -> int:
+    if args.action == "build":
+        from vlmzoo.world.build import build
+
+        for model in build(args.only, args.out or RUNS / "world", seed=args.seed):
+            print(model)
+    else:
+        from vlmzoo.world.show import show
+
+        print(show(args.out or RUNS / "world.png", args.seed))
+    return 0
+
+
+@contextmanager
+def _quiet(json_only: bool) -> Iterator[None]:
+    """Whatever anybody prints meanwhile goes to standard error where standard output is for one JSON document."""
+    if not json_only:
+        yield
+        return
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=1, allow_nan=False))
+
+
+def _print_scores(scores: dict[str, dict[str, Any]]) -> None:
+    for task, found in scores.items():
+        print(f"{task}: {100 * found['accuracy']:.1f} % of {found['num_items']} (mean over capabilities)")
+        for name, accuracy in found["capabilities"].items():
+            print(f"    {name:<16} {100 * accuracy:5.1f} %")

@@ -1,0 +1,159 @@
+"""Text with `<image>` and pictures -> what the model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
+
+from vlmzoo import build
+from vlmzoo.config import DataConfig, RunConfig
+from vlmzoo.connector import Grid, ImageLayout
+from vlmzoo.data.images import to_pixel_values
+from vlmzoo.data.samples import SampleBuilder
+from vlmzoo.model import VisionLanguageConfig, VisionLanguageModel
+
+ImageMode = Literal["square", "pad"]
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """What the model tells its processor: the size and grid of images, and the slots that each takes."""
+
+    image_size: int
+    grid: Grid
+    num_tokens: Callable[[ImageLayout], int]
+    image_token_id: int
+    instruction: bool  # whether the connector reads the instruction
+    max_positions: int | None  # of the LLM
+
+    @classmethod
+    def of(cls, model: VisionLanguageModel) -> Layouts:
+        size = model.vision.image_size
+        return cls(
+            image_size=size,
+            grid=model.vision.grid(size, size),
+            num_tokens=model.num_tokens,
+            image_token_id=model.config.image_token_id,
+            instruction=model.connector.requires.instruction,
+            max_positions=getattr(model.config.text_config, "max_position_embeddings", None),
+        )
+
+    def __deepcopy__(self, memo: dict) -> Layouts:
+        return self  # transformers copies a processor to write its configuration; the connector stays out of it
+
+
+class VisionLanguageProcessor(ProcessorMixin):
+    """The encoder's image processor and the LLM's tokenizer, with `<image>` laid out as the connector needs it.
+
+    Args:
+        image_processor: any of transformers' that scales, crops and normalises.
+        tokenizer: with `<image>` as a special token, as `build.tokenizer` gives it.
+        layouts: of the model.
+    """
+
+    def __init__(self, image_processor: Any, tokenizer: Any, layouts: Layouts | None = None) -> None:
+        super().__init__(image_processor, tokenizer, chat_template=tokenizer.chat_template)
+        if layouts is None:
+            raise ValueError("a VisionLanguageProcessor belongs to a model: use of_run or from_pretrained")
+        self.layouts = layouts
+
+    @classmethod
+    def of_run(cls, run: RunConfig, model: VisionLanguageModel) -> VisionLanguageProcessor:
+        """The processor of a run's model."""
+        return cls(build.image_processor(run.encoder), build.tokenizer(run.llm), Layouts.of(model))
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> VisionLanguageProcessor:  # pyright: ignore
+        """The processor beside a saved model; the connector tells the number of tokens without its weights."""
+        config = VisionLanguageConfig.from_pretrained(path)
+        with torch.device("meta"):
+            model = VisionLanguageModel(config)
+        image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+        return cls(image_processor, AutoTokenizer.from_pretrained(path), Layouts.of(model))
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # pyright: ignore
+        """Writes the tokenizer's and the image processor's own files, as transformers' loaders expect them."""
+        self.tokenizer.save_pretrained(save_directory)
+        self.image_processor.save_pretrained(save_directory)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values"]
+
+    def sample_builder(self, data: DataConfig) -> SampleBuilder:
+        """What turns a data set's records into samples for this model."""
+        return SampleBuilder(
+            tokenizer=self.tokenizer,
+            image_token_id=self.layouts.image_token_id,
+            num_tokens=self.layouts.num_tokens,
+            grid=self.layouts.grid,
+            template=data.template,
+            max_length=min(data.max_length, self.layouts.max_positions or data.max_length),
+            instruction=self.layouts.instruction,
+        )
+
+    def pixel_values(self, image: Image.Image, mode: ImageMode = "pad") -> Tensor:
+        """(3, height, width) of one image."""
+        return to_pixel_values(image, self.image_processor, mode, self.layouts.image_size)
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        images: Image.Image | Sequence[Image.Image] | Sequence[Sequence[Image.Image]] | None = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        instruction: str | Sequence[str] | None = None,
+        image_mode: ImageMode = "pad",
+        padding_side: Literal["left", "right"] = "left",
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Model inputs for prompts, padded on the left as generation needs it.
+
+        Args:
+            images: in the order of the `<image>` in all texts.
+            instruction: for each image, where the connector reads one.
+
+        Raises:
+            ValueError: images and `<image>` do not agree in number, or the connector needs an instruction.
+        """
+        texts = [text] if isinstance(text, str) else list(text or ())
+        flat = _flatten(images)
+        token = self.layouts.image_token_id
+        slots = self.layouts.num_tokens(ImageLayout((self.layouts.grid,)))
+        rows, placed = [], 0
+        for one in texts:
+            ids = self.tokenizer(one, add_special_tokens=kwargs.get("add_special_tokens", True))["input_ids"]
+            placed += ids.count(token)
+            rows.append([copy for item in ids for copy in [item] * (slots if item == token else 1)])
+        if placed != len(flat):
+            raise ValueError(f"the texts hold {placed} {build.IMAGE_TOKEN} for {len(flat)} images")
+        batch = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        if flat:
+            inputs["pixel_values"] = torch.stack([self.pixel_values(image, image_mode) for image in flat])
+        if flat and self.layouts.instruction:
+            instructions = [instruction] if isinstance(instruction, str) else list(instruction or ())
+            if len(instructions) != len(flat):
+                raise ValueError(f"the connector reads one instruction an image: {len(instructions)} for {len(flat)}")
+            ids = [self.tokenizer(one, add_special_tokens=False)["input_ids"] for one in instructions]
+            padded = self.tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt")
+            inputs["instruction_ids"] = padded["input_ids"]
+            inputs["instruction_mask"] = padded["attention_mask"]
+        return BatchFeature(inputs)
+
+
+def _flatten(images: Any) -> list[Image.Image]:
+    if images is None:
+        return []
+    if isinstance(images, Image.Image):
+        return [images]
+    return [image for item in images for image in _flatten(item)]
+
+
+AutoProcessor.register(VisionLanguageConfig, VisionLanguageProcessor)

@@ -1,0 +1,89 @@
+"""A data set as one model reads it: samples on demand, and batches with their images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vlmzoo import build
+from vlmzoo.config import DataConfig
+from vlmzoo.data.collate import collate
+from vlmzoo.data.images import load_image
+from vlmzoo.data.records import read_records
+from vlmzoo.data.samples import Sample
+from vlmzoo.model import VisionLanguageModel
+from vlmzoo.processor import VisionLanguageProcessor
+from vlmzoo.vision.cache import FeatureCache
+
+
+class SampleSet:
+    """The records of a data set, read and checked; samples are built when they are asked for.
+
+    Args:
+        cache: the folder of feature caches, filled at the first batch; None: images are read as pixels every time.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        processor: VisionLanguageProcessor,
+        data: DataConfig,
+        cache: Path | None = None,
+    ) -> None:
+        self.records = read_records(*build.dataset(data), data.limit)
+        self._model, self._processor, self._data, self._cache_folder = model, processor, data, cache
+        self._builder = processor.sample_builder(data)
+        self._where = {path: record.where for record in self.records for path in record.images}
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def samples(self, indices: Sequence[int], *, generation: bool = False) -> list[Sample]:
+        """Samples of these records; for generation without their last answers."""
+        return [self._builder.build(self.records[index], generation=generation) for index in indices]
+
+    def batch(self, samples: Sequence[Sample], padding_side: Literal["left", "right"] = "right") -> dict[str, Any]:
+        """What the model's `forward` takes, on the model's device."""
+        pad = self._processor.tokenizer.pad_token_id
+        device = self._model.device
+        batch: dict[str, Any] = {
+            key: value.to(device)
+            for key, value in collate(samples, pad_token_id=pad, padding_side=padding_side).items()
+        }
+        images = [path for sample in samples for path in sample.images]
+        if images and self._cache is not None:
+            batch["image_features"] = self._cache.batch(images)
+        elif images:
+            batch["pixel_values"] = torch.stack([self._pixels(path) for path in images]).to(device)
+        return batch
+
+    def open_cache(self) -> None:
+        """Computes the features that are not there yet, before anybody waits for a batch."""
+        _ = self._cache
+
+    @cached_property
+    def _cache(self) -> FeatureCache | None:
+        if self._cache_folder is None or not self._where:
+            return None
+        preprocessing = {
+            "mode": self._data.image_mode,
+            "size": self._processor.layouts.image_size,
+            "processor": self._processor.image_processor.to_dict(),
+            "dtype": str(self._model.vision.model.dtype),
+        }
+        return FeatureCache(
+            self._model.vision,
+            list(self._where),
+            self._pixels,
+            preprocessing,
+            self._model.connector.requires,
+            self._cache_folder,
+        )
+
+    def _pixels(self, path: Path) -> Tensor:
+        return self._processor.pixel_values(load_image(path, where=self._where[path]), self._data.image_mode)

@@ -1,0 +1,57 @@
+"""What can be named in a YAML, for `vlmzoo list`."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+ENCODERS = ("clip", "siglip", "dinov2")
+ANY_OTHER = {
+    "encoders": "any CLIP or SigLIP tower in transformers format",
+    "llms": "any causal language model of transformers, with its tokenizer",
+    "tasks": "LLaVA JSON of questions with one answer each, and a `capability` where there are several",
+}
+
+
+def entries(kind: str, plugins: Sequence[Path] = ()) -> list[dict[str, Any]]:
+    """The names of a kind (connectors, encoders, llms, tasks), each with a line that says what it is."""
+    if kind == "connectors":
+        return _connectors(plugins)
+    if kind == "tasks":
+        own = [{"name": "world:questions", "summary": "held-out questions about the embedded world, by capability"}]
+        return [*own, {"name": "FILE.json", "summary": ANY_OTHER[kind]}]
+    return [*_world_models(kind), {"name": "HUB_ID or DIRECTORY", "summary": ANY_OTHER[kind]}]
+
+
+def _connectors(plugins: Sequence[Path]) -> list[dict[str, Any]]:
+    from vlmzoo.build import load_connectors
+    from vlmzoo.connector import connectors
+
+    load_connectors(plugins)
+    return [
+        {
+            "name": name,
+            "summary": (inspect.getdoc(connectors.get(name)) or "").partition("\n")[0],
+            "options": {
+                option: None if parameter.default is parameter.empty else parameter.default
+                for option, parameter in connectors.options(name).items()
+            },
+        }
+        for name in connectors.names()
+    ]
+
+
+def _world_models(kind: str) -> list[dict[str, Any]]:
+    found = []
+    models = resources.files("vlmzoo.world") / "models"
+    for folder in sorted(models.iterdir(), key=lambda folder: folder.name) if models.is_dir() else []:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        family = config["model_type"].removesuffix("_vision_model")
+        if (family in ENCODERS) == (kind == "encoders"):
+            summary = f"a small {family} trained on the embedded world"
+            found.append({"name": f"world:{folder.name}", "summary": summary})
+    return found

@@ -1,0 +1,85 @@
+"""The comparison as text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+WIDTH = 100
+SHORTEST_HEADER = 4
+
+
+def render(summary: dict[str, Any]) -> str:
+    """The rows of a summary, aligned, best first; long capability names are cut so that it fits 100 columns."""
+    rows = summary["rows"]
+    if not rows:
+        return "no trial has finished yet"
+    capabilities = list(rows[0]["capabilities"])
+    shared = {key: len({row[key] for row in rows}) == 1 for key in ("encoder", "llm")}
+    for length in range(max(map(len, [*capabilities, "x" * SHORTEST_HEADER])), SHORTEST_HEADER - 1, -1):
+        table = _table(rows, capabilities, length, [key for key, same in shared.items() if not same])
+        if len(table.partition("\n")[0]) <= WIDTH:
+            break
+    common = ", ".join(str(rows[0][key]) for key, same in shared.items() if same)
+    seeds = sorted({seed for row in rows for seed in row["seeds"]})
+    plural = "seeds" if len(seeds) > 1 else "seed"
+    note = f"accuracy in % ± 95 % interval; {plural} {', '.join(map(str, seeds))}"
+    return f"{table}\n{note}{f'; {common}' if common else ''}"
+
+
+def _table(rows: Sequence[dict[str, Any]], capabilities: Sequence[str], length: int, parts: Sequence[str]) -> str:
+    header = ["connector", *parts, "accuracy", *(name[:length] for name in capabilities), "tokens", "params", "time"]
+    lines = [
+        [
+            row["connector"],
+            *(row[part] for part in parts),
+            accuracy(row),
+            *(f"{100 * row['capabilities'][name]:.0f}" for name in capabilities),
+            "–" if row["visual_tokens"] is None else str(row["visual_tokens"]),
+            count(row["trainable_parameters"]),
+            duration(row["seconds"]),
+        ]
+        for row in rows
+    ]
+    return align(header, lines, num_left=1 + len(parts))
+
+
+def align(header: Sequence[str], rows: Sequence[Sequence[str]], *, num_left: int) -> str:
+    """Columns as wide as their widest cell: the first `num_left` to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        sides = "<" * num_left + ">" * (len(cells) - num_left)
+        parts = [f"{cell:{side}{width}}" for cell, side, width in zip(cells, sides, widths, strict=True)]
+        return "  ".join(parts).rstrip()
+
+    rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def accuracy(row: dict[str, Any]) -> str:
+    """`61.3 ± 2.1`, in percent; without the interval where there is none."""
+    text = f"{100 * row['accuracy']:.1f}"
+    if row["ci95"] is None:
+        return f"{text} ± ?"
+    low, high = row["ci95"]
+    return f"{text} ± {100 * max(high - row['accuracy'], row['accuracy'] - low):.1f}"
+
+
+def count(number: float | None) -> str:
+    """`1.2M`: three digits and a unit."""
+    if number is None:
+        return "–"
+    for unit, size in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float | None) -> str:
+    """`74 s`, `12 min`, `3.5 h`."""
+    if seconds is None:
+        return "–"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

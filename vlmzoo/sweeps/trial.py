@@ -1,0 +1,144 @@
+"""One trial: build, train every stage, evaluate, record. Killed anywhere and called again, it continues."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmzoo import build
+from vlmzoo.config import EvaluationConfig, RunConfig, config_hash, dump, load
+from vlmzoo.connector import ImageLayout
+from vlmzoo.evaluation.evaluate import evaluate, write_predictions
+from vlmzoo.evaluation.metrics import score
+from vlmzoo.files import locked, write_json, write_whole
+from vlmzoo.model import VisionLanguageModel
+from vlmzoo.processor import VisionLanguageProcessor
+from vlmzoo.samples import SampleSet
+from vlmzoo.sweeps.metrics import read_metrics
+from vlmzoo.sweeps.plan import read_result
+from vlmzoo.training.run import moves_vision, train
+
+SCHEMA = 1
+
+
+def run_trial(run: RunConfig, out: Path, cache: Path | None = None) -> dict[str, Any]:
+    """The run's result.json, written last; a run that has one already is not computed again.
+
+    Args:
+        cache: where features of the frozen encoder are kept and shared; None: nowhere.
+
+    Raises:
+        ValueError: `out` holds a run of another configuration, or another process works there.
+    """
+    run = build.resolve(run)
+    key = config_hash(run)
+    with locked(out):
+        refuse_other_run(run, out)
+        if (done := read_result(out, key)) is not None:
+            return done
+        write_whole(out / "config.yaml", dump(run))
+        earlier = sum(step["seconds"] for step in read_metrics(out / "metrics.jsonl"))  # of a process that was stopped
+        start = time.perf_counter()
+        model, processor = new_model(run)
+        training = train(model, processor, run, out, cache)
+        cache = None if moves_vision(run, len(run.stages) - 1) else cache
+        evaluation = {
+            task: evaluate_task(model, processor, config, out / "predictions" / f"{task}.jsonl", cache)
+            for task, config in run.evaluation.items()
+        }
+        save(model, processor, out / "model")
+        result = {
+            "schema": SCHEMA,
+            "config_hash": key,
+            "connector": run.connector.name,
+            "encoder": run.encoder.name,
+            "llm": run.llm.name,
+            "seed": run.seed.init,
+            "evaluation": evaluation,
+            "visual_tokens": num_visual_tokens(model),
+            "trainable_parameters": sum(parameter.numel() for parameter in model.connector.parameters()),
+            "samples_per_second": training.samples_per_second,
+            "seconds": earlier + time.perf_counter() - start,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "final_loss": training.final_loss,
+        }
+        write_json(out / "result.json", result)
+        return result
+
+
+def refuse_other_run(run: RunConfig, out: Path) -> None:
+    """Raises a ValueError where `out` holds a run whose configuration is not this one; names the first difference."""
+    file = out / "config.yaml"
+    if not file.is_file():
+        return
+    held = load(RunConfig, file)
+    if config_hash(held) == config_hash(run):
+        return
+    lines = zip(dump(held).splitlines(), dump(run).splitlines(), strict=False)
+    there, here = next(((a.strip(), b.strip()) for a, b in lines if a != b), ("fewer keys", "more keys"))
+    raise ValueError(
+        f"{out} holds a run of another configuration ({there!r} there, {here!r} here): choose another --out"
+    )
+
+
+def new_model(run: RunConfig) -> tuple[VisionLanguageModel, VisionLanguageProcessor]:
+    """A run's untrained model, on the GPU where there is one, and its processor."""
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
+    dtype = getattr(torch, run.dtype)
+    model = VisionLanguageModel.from_parts(run.encoder, run.connector, run.llm, seed=run.seed.init, dtype=dtype)
+    processor = VisionLanguageProcessor.of_run(run, model)
+    return model.to(device()), processor
+
+
+def evaluate_task(
+    model: VisionLanguageModel,
+    processor: VisionLanguageProcessor,
+    config: EvaluationConfig,
+    predictions_file: Path | None = None,
+    cache: Path | None = None,
+) -> dict[str, Any]:
+    """The scores of one task; the predictions are written where a file is given."""
+    data = SampleSet(model, processor, config.data, cache)
+    predictions = evaluate(
+        model,
+        data.samples(range(len(data)), generation=True),
+        partial(data.batch, padding_side="left"),
+        tokenizer=processor.tokenizer,
+        template=config.data.template,
+        batch_size=config.batch_size,
+        max_new_tokens=config.max_new_tokens,
+    )
+    if predictions_file is not None:
+        write_predictions(predictions_file, predictions)
+    return score(predictions)
+
+
+def save(model: VisionLanguageModel, processor: VisionLanguageProcessor, folder: Path) -> None:
+    """Writes model and processor as transformers reads them."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def num_visual_tokens(model: VisionLanguageModel) -> int:
+    """The places in the LLM's input that one image of the encoder's own size takes."""
+    size = model.vision.image_size
+    return model.num_tokens(ImageLayout((model.vision.grid(size, size),), (size, size)))
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held: on the GPU where there is one, resident otherwise."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,110 @@
+"""The world's data sets as LLaVA JSON and PNG files."""
+
+import difflib
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+from PIL import Image
+
+from vlmzoo.world import DATASETS, VERSION
+from vlmzoo.world.scenes import Scene, draw, sample_scene
+from vlmzoo.world.text import CAPABILITIES, CAPTION_REQUEST, Question, ask, caption, conversation
+
+NUM_TURNS = 6  # of a stage-2 conversation: an image costs 81 tokens, a turn about a dozen
+
+Example = tuple[Scene, list[Question]]
+
+
+def captions(rng: random.Random) -> Iterator[Example]:
+    """Endless scenes with the one request for their caption."""
+    while True:
+        scene = sample_scene(rng)
+        yield scene, [Question("caption", CAPTION_REQUEST, caption(scene))]
+
+
+def conversations(rng: random.Random) -> Iterator[Example]:
+    """Endless scenes with several turns of questions and answers."""
+    while True:
+        scene = sample_scene(rng)
+        yield scene, conversation(scene, rng, NUM_TURNS)
+
+
+def questions(rng: random.Random) -> Iterator[Example]:
+    """Endless evaluation scenes, one question each: capabilities in turn, existence answered yes and no in turn."""
+    for number in count():
+        capability = CAPABILITIES[number % len(CAPABILITIES)]
+        wanted = ("yes", "no")[number // len(CAPABILITIES) % 2] if capability == "existence" else None
+        while True:
+            scene = sample_scene(rng, "evaluation")
+            question = ask(scene, capability, rng)
+            if question is not None and wanted in (None, question.answer):
+                break
+        yield scene, [question]
+
+
+SOURCES = {"captions": captions, "conversations": conversations, "questions": questions}
+
+
+def examples(name: str, size: int, seed: int) -> Iterator[Example]:
+    """The first `size` examples of a data set, without writing anything.
+
+    Raises:
+        ValueError: no data set has this name, or `size` is not positive.
+    """
+    if name not in DATASETS:
+        names, nearest = ", ".join(DATASETS), difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown world data set {name!r}, expected one of {names}; nearest is {nearest!r}")
+    if size < 1:
+        raise ValueError(f"world data set {name!r} of size {size}, expected at least 1")
+    source = SOURCES[name](random.Random(f"{name} {seed}"))
+    return (next(source) for _ in range(size))
+
+
+def write_dataset(name: str, directory: Path, size: int, seed: int) -> Path:
+    """The path of the data set's JSON file, in a folder of its own under `directory` with its `images/`.
+
+    A folder that stands is whole (it is written aside and renamed) and is returned at once.
+
+    Raises:
+        ValueError: no data set has this name, or `size` is not positive.
+    """
+    stream = examples(name, size, seed)
+    folder = directory / f"{name}-v{VERSION}-{size}-{seed}"
+    file = folder / f"{name}.json"
+    if file.is_file():
+        return file
+    directory.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=directory))
+    try:
+        (aside / "images").mkdir()
+        records = []
+        for number, (scene, turns) in enumerate(stream):
+            record = _record(f"{name}-{number:06d}", turns)
+            if name == "questions":
+                record["capability"] = turns[0].capability
+            Image.fromarray(draw(scene)).save(aside / "images" / str(record["image"]), compress_level=1)
+            records.append(record)
+        (aside / file.name).write_text(json.dumps(records, indent=1))
+        aside.chmod(0o755)
+        os.replace(aside, folder)
+    except OSError:
+        if not file.is_file():  # else another process has written the same folder first
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return file
+
+
+def _record(identity: str, turns: list[Question]) -> dict[str, object]:
+    """One record of LLaVA's format, the image in its first turn."""
+    values = []
+    for number, turn in enumerate(turns):
+        values.append({"from": "human", "value": turn.text if number else f"<image>\n{turn.text}"})
+        values.append({"from": "gpt", "value": turn.answer})
+    return {"id": identity, "image": f"{identity}.png", "conversations": values}
