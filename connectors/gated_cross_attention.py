@@ -60,8 +60,9 @@ class GatedCrossAttentionBlock(InLLMLayer):
 
     def _run(self, hidden: Tensor, context: LayerContext) -> Tensor:
         # A token that sees no image has no key, so that the attention (which has no bias) gives it exactly 0.
-        read = self.attention(self.attention_norm(hidden), self._keys_values(context), mask=media_mask(context))
-        hidden = hidden + self.attention_gate.tanh() * read
+        if context.memory is not None:
+            read = self.attention(self.attention_norm(hidden), self._keys_values(context), mask=media_mask(context))
+            hidden = hidden + self.attention_gate.tanh() * read
         return hidden + self.feed_forward_gate.tanh() * self.feed_forward(self.feed_forward_norm(hidden))
 
     def _keys_values(self, context: LayerContext) -> KeysValues:
