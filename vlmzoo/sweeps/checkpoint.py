@@ -42,7 +42,8 @@ def evaluate_checkpoint(
     from vlmzoo.processor import VisionLanguageProcessor
     from vlmzoo.sweeps.trial import device, evaluate_task
 
-    model = VisionLanguageModel.from_pretrained(folder / "model").to(device())
+    model = VisionLanguageModel.from_pretrained(folder / "model")
+    model.to(device=device())
     processor = VisionLanguageProcessor.from_pretrained(folder / "model")
     return {
         task: evaluate_task(model, processor, config, out and out / "predictions" / f"{task}.jsonl")

@@ -95,7 +95,8 @@ def new_model(run: RunConfig) -> tuple[VisionLanguageModel, VisionLanguageProces
     dtype = getattr(torch, run.dtype)
     model = VisionLanguageModel.from_parts(run.encoder, run.connector, run.llm, seed=run.seed.init, dtype=dtype)
     processor = VisionLanguageProcessor.of_run(run, model)
-    return model.to(device()), processor
+    model.to(device=device())  # by keyword: transformers' annotation of `to` has no self
+    return model, processor
 
 
 def evaluate_task(
