@@ -40,10 +40,9 @@ def evaluate_checkpoint(
 
     from vlmzoo.model import VisionLanguageModel
     from vlmzoo.processor import VisionLanguageProcessor
-    from vlmzoo.sweeps.trial import device, evaluate_task
+    from vlmzoo.sweeps.trial import evaluate_task, to_device
 
-    model = VisionLanguageModel.from_pretrained(folder / "model")
-    model.to(device=device())
+    model = to_device(VisionLanguageModel.from_pretrained(folder / "model"))
     processor = VisionLanguageProcessor.from_pretrained(folder / "model")
     return {
         task: evaluate_task(model, processor, config, out and out / "predictions" / f"{task}.jsonl")

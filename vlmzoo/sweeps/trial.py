@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.utils import logging
 
 from vlmzoo import build
@@ -95,8 +96,7 @@ def new_model(run: RunConfig) -> tuple[VisionLanguageModel, VisionLanguageProces
     dtype = getattr(torch, run.dtype)
     model = VisionLanguageModel.from_parts(run.encoder, run.connector, run.llm, seed=run.seed.init, dtype=dtype)
     processor = VisionLanguageProcessor.of_run(run, model)
-    model.to(device=device())  # by keyword: transformers' annotation of `to` has no self
-    return model, processor
+    return to_device(model), processor
 
 
 def evaluate_task(
@@ -129,8 +129,9 @@ def save(model: VisionLanguageModel, processor: VisionLanguageProcessor, folder:
     processor.save_pretrained(folder)
 
 
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def to_device(model: VisionLanguageModel) -> VisionLanguageModel:
+    """The model on the GPU, where there is one."""
+    return nn.Module.to(model, "cuda") if torch.cuda.is_available() else model
 
 
 def num_visual_tokens(model: VisionLanguageModel) -> int:
