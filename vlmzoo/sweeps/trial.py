@@ -131,7 +131,9 @@ def save(model: VisionLanguageModel, processor: VisionLanguageProcessor, folder:
 
 def to_device(model: VisionLanguageModel) -> VisionLanguageModel:
     """The model on the GPU, where there is one."""
-    return nn.Module.to(model, "cuda") if torch.cuda.is_available() else model
+    if torch.cuda.is_available():
+        nn.Module.to(model, "cuda")  # in place; transformers' own `to` has an annotation that checkers cannot follow
+    return model
 
 
 def num_visual_tokens(model: VisionLanguageModel) -> int:
