@@ -180,7 +180,6 @@ class DetachedFeatures(Strided):
 
 
 @caught_by("image_reaches_the_loss")
-@caught_by("image_reaches_the_loss")
 class AsksForALayerTooMany(PerImage):
     requires = FeatureRequest(layers=(-2, -5))
 
@@ -235,7 +234,7 @@ class AlwaysFloat32(Strided):
 class ConstantThatIsNoBuffer(Strided):
     def __init__(self, vision_dim: int, text_dim: int) -> None:
         super().__init__(vision_dim, text_dim)
-        self.scale = torch.linspace(1, 2, text_dim)
+        self.scale = 1 + torch.arange(text_dim) / text_dim
 
     def forward(self, patches, grid):
         return super().forward(patches, grid) * self.scale
@@ -260,7 +259,7 @@ class DrawsFromNumpy(Strided):
 class BufferThatIsNotSaved(Strided):
     def __init__(self, vision_dim: int, text_dim: int) -> None:
         super().__init__(vision_dim, text_dim)
-        self.register_buffer("scale", torch.linspace(1, 2, text_dim), persistent=False)
+        self.register_buffer("scale", 1 + torch.arange(text_dim) / text_dim, persistent=False)
 
     def forward(self, patches, grid):
         return super().forward(patches, grid) * self.scale
@@ -276,7 +275,7 @@ class CountsWithAWeight(Strided):
         return -(-grid[0] * grid[1] // int(self.step))
 
 
-@caught_by("works_on_meta", "dtype_and_device_are_kept", "compiles")
+@caught_by("works_on_meta", "dtype_and_device_are_kept")
 class WaitsForTheDevice(Pooled):
     def __init__(self, vision_dim: int, text_dim: int, text: TextSpec) -> None:
         super().__init__(vision_dim, text_dim, text)

@@ -83,7 +83,10 @@ class Pooled(Connector):
 
 
 class Sparse(Connector):
-    """Four slots an image: the first is always filled, of the others those whose patch has a positive first value."""
+    """Four slots an image: the first is always filled, of the others those whose patch has a positive first value.
+
+    Each token adds the mean of the image's crops to its patch.
+    """
 
     requires = FeatureRequest()
 
@@ -101,7 +104,9 @@ class Sparse(Connector):
         first = torch.arange(4, device=keep.device)
         order = torch.where(keep | (first == 0), first, first + 4).argsort(1)
         mask = first < (keep | (first == 0)).sum(1, keepdim=True)
-        tokens = self.project(patches.gather(1, order[..., None].expand_as(patches)))
+        means = _mean(visual.maps[0].values, visual.maps[0].mask[..., None])
+        image = patches.new_zeros(patches[:, 0].shape).index_add(0, visual.image_of_crop, means)
+        tokens = self.project(patches.gather(1, order[..., None].expand_as(patches)) + image[:, None])
         return VisualTokens(tokens, mask, additions={0: tokens * 0.5, 3: tokens * 0.25})
 
 

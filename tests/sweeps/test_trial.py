@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,12 @@ def test_a_run_from_yaml_to_evaluated_checkpoint(
     assert set(result["evaluation"]["colours"]["capabilities"]) == {"first", "second"}
     assert len((out / "predictions" / "colours.jsonl").read_text().splitlines()) == 12
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 5
+    manifest = json.loads((out / "manifest.json").read_text())
+    data = tmp_path / "data.json"
+    digest = hashlib.sha256(data.read_bytes()).hexdigest()
+    assert manifest["data"] == {str(data): {"file": str(data), "sha256": digest}}
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["config_hash"] == result["config_hash"]
 
     for checkpoint in (out, out / "model"):
         assert main(["eval", str(checkpoint), "--task", "colours", "--json", "--out", str(tmp_path / "again")]) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -44,13 +45,16 @@ def tokens_agree_with_num_tokens(subject: Subject) -> str:
 
 
 def padding_has_no_influence(subject: Subject) -> str:
-    """What stands in padded patches and instruction tokens, and how many there are, changes no output."""
-    visual = subject.visual()
+    """What stands in padded patches and instruction tokens, and how many there are, changes no output and no logits."""
+    visual, batch = subject.visual(), subject.batch()
     expected = by_image(connect(subject.connector, visual))
+    logits = subject.logits(batch)[batch.is_text]
     for more, what in ((0, f"with {GARBAGE:.0f} in the padding"), (3, "with more padding")):
         found = by_image(connect(subject.connector, pad(visual, GARBAGE, more)))
         for image, parts in enumerate(found):
             require_equal(parts, expected[image], f"image {image} {what}")
+        padded = replace(batch, visual=pad(visual, GARBAGE, more))
+        require_equal(subject.logits(padded)[batch.is_text], logits, f"logits {what}", tolerance=1e-4)
     return "in patches" + (" and instructions" if visual.instruction else "")
 
 

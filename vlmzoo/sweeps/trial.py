@@ -22,6 +22,7 @@ from vlmzoo.files import locked, write_json, write_whole
 from vlmzoo.model import VisionLanguageModel
 from vlmzoo.processor import VisionLanguageProcessor
 from vlmzoo.samples import SampleSet
+from vlmzoo.sweeps.manifest import manifest
 from vlmzoo.sweeps.metrics import read_metrics
 from vlmzoo.sweeps.plan import read_result
 from vlmzoo.training.run import moves_vision, train
@@ -39,12 +40,15 @@ def run_trial(run: RunConfig, out: Path, cache: Path | None = None) -> dict[str,
         ValueError: `out` holds a run of another configuration, or another process works there.
     """
     run = build.resolve(run)
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
     key = config_hash(run)
     with locked(out):
         refuse_other_run(run, out)
         if (done := read_result(out, key)) is not None:
             return done
         write_whole(out / "config.yaml", dump(run))
+        write_json(out / "manifest.json", manifest(run))
         earlier = sum(step["seconds"] for step in read_metrics(out / "metrics.jsonl"))  # of a process that was stopped
         start = time.perf_counter()
         model, processor = new_model(run)
@@ -91,8 +95,6 @@ def refuse_other_run(run: RunConfig, out: Path) -> None:
 
 def new_model(run: RunConfig) -> tuple[VisionLanguageModel, VisionLanguageProcessor]:
     """A run's untrained model, on the GPU where there is one, and its processor."""
-    if run.threads is not None:
-        torch.set_num_threads(run.threads)
     dtype = getattr(torch, run.dtype)
     model = VisionLanguageModel.from_parts(run.encoder, run.connector, run.llm, seed=run.seed.init, dtype=dtype)
     processor = VisionLanguageProcessor.of_run(run, model)
