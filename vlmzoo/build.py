@@ -201,7 +201,10 @@ def image_processor(config: EncoderConfig) -> Any:
 
 
 def dataset(config: DataConfig) -> tuple[Path, Path]:
-    """The JSON file and the image folder of a data set; `world:NAME` is drawn into a cache folder at first use."""
+    """The JSON file and the image folder of a data set; `world:NAME` is drawn into a cache folder at first use.
+
+    The world has no end: a limit says how many of its records are drawn.
+    """
     if config.path.startswith("world:"):
         from vlmzoo import world
         from vlmzoo.world.datasets import write_dataset
@@ -209,7 +212,7 @@ def dataset(config: DataConfig) -> tuple[Path, Path]:
         name = config.path.removeprefix("world:")
         if name not in world.DATASETS:
             raise unknown("world data set", name, world.DATASETS)
-        file = write_dataset(name, cache_folder() / "world", world.DATASETS[name], seed=0)
+        file = write_dataset(name, cache_folder() / "world", config.limit or world.DATASETS[name], seed=0)
     else:
         file = Path(config.path).expanduser()
     return file, Path(config.images).expanduser() if config.images else file.parent / "images"
