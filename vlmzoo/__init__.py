@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlmzoo.model import VisionLanguageConfig, VisionLanguageModel
+    from vlmzoo.processor import VisionLanguageProcessor
 
 __version__ = "0.1.0"
-__all__ = ["VisionLanguageConfig", "VisionLanguageModel", "__version__"]
+__all__ = ["VisionLanguageConfig", "VisionLanguageModel", "VisionLanguageProcessor", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     """The model's classes, imported when first asked for: torch and transformers take seconds to load."""
-    if name in ("VisionLanguageModel", "VisionLanguageConfig"):
-        from vlmzoo import model
+    if name.startswith("_") or name not in __all__:
+        raise AttributeError(f"module 'vlmzoo' has no attribute {name!r}")
+    from vlmzoo import model, processor  # both, so that any of them makes all known to transformers' Auto classes
 
-        return getattr(model, name)
-    raise AttributeError(f"module 'vlmzoo' has no attribute {name!r}")
+    return getattr(processor if name == "VisionLanguageProcessor" else model, name)
