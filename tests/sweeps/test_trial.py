@@ -14,11 +14,13 @@ import torch
 import yaml
 from PIL import Image
 
+from tests.checkpoints import run_values, write_data, write_models
 from tests.data.conftest import words
 from tests.tiny import CLIP, LLAMA
 from vlmzoo.cli import main
-from vlmzoo.config import RunConfig, config_hash, load
+from vlmzoo.config import RunConfig, config_hash, load, parse
 from vlmzoo.sweeps import trial
+from vlmzoo.sweeps.checkpoint import evaluate_checkpoint
 from vlmzoo.sweeps.trial import run_trial
 
 COLOURS = {"red": (220, 30, 30), "left": (30, 30, 220)}
@@ -162,3 +164,15 @@ def test_a_sweep_of_real_trials(
     assert main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == rows
     assert before == {file: file.stat().st_mtime_ns for file in out.glob("trials/*/result.json")}
+
+
+@pytest.mark.parametrize(("encoder", "llm"), [("siglip", "llama"), ("clip", "qwen"), ("siglip", "qwen")])
+def test_checkpoints_of_other_families(encoder: str, llm: str, tmp_path: Path) -> None:
+    folder = write_models(tmp_path)
+    write_data(folder)
+    connector = {"name": "gated_cross_attention", "options": {"every": 1, "memory": "patches"}}
+    values = run_values(folder, connector if llm == "qwen" else "qformer", encoder, llm)
+    result = run_trial(parse(RunConfig, values), tmp_path / "out", tmp_path / "features")
+    assert result["evaluation"]["colors"]["num_items"] == 16
+    assert set(result["final_loss"]) == {"align", "finetune"}
+    assert evaluate_checkpoint(tmp_path / "out", ["colors"]) == result["evaluation"]
