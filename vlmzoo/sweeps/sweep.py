@@ -42,7 +42,10 @@ def sweep(study: SweepConfig, out: Path, command: Command, *, workers: int | Non
         waiting = [trial for trial in trials if trial.result() is None]
         if done := len(trials) - len(waiting):
             print(f"{done} of {len(trials)} trials are done already", file=sys.stderr)
-        failed = _run(waiting, len(trials), command, workers or default_workers(len(waiting)))
+        workers = workers or default_workers(len(waiting))
+        if waiting:
+            print(f"{len(waiting)} trials to run in {out}, {workers} at a time", file=sys.stderr)
+        failed = _run(waiting, len(trials), command, workers)
         return Outcome(write_report(out), failed)
 
 
