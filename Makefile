@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help sweep test lint clean
+.PHONY: help sweep test lint
 help:
 	@echo "make sweep   compare five connectors on the embedded world (about 15 minutes on two cores)"
 	@echo "make test    lint, types, tests, and the wheel in an empty environment"

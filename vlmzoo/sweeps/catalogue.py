@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-ENCODERS = ("clip", "siglip", "dinov2")
+ENCODERS = ("clip", "siglip")
 ANY_OTHER = {
     "encoders": "any CLIP or SigLIP tower in transformers format",
     "llms": "any causal language model of transformers, with its tokenizer",

@@ -20,7 +20,7 @@ from vlmzoo.sweeps.plan import Trial
 Command = Callable[[Trial], list[str]]
 
 POLL_SECONDS = 0.2
-MOST_WORKERS = 4  # each holds its own torch and models: 4 keep the default study well under 4 GB
+MOST_WORKERS = 3  # each holds its own torch and models, about 1 GB: 3 keep the default study under 4 GB
 PR_SET_PDEATHSIG = 1
 
 
