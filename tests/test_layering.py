@@ -19,7 +19,9 @@ LAYERS = [
     {"samples"},
     {"training", "evaluation", "conformance"},
     {"sweeps"},
-    {"cli", "commands", "__main__"},
+    {"commands"},
+    {"cli"},
+    {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 ALLOWED_SIDEWAYS = {("connectors", "kernels")}

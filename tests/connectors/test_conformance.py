@@ -15,7 +15,7 @@ VARIANTS = [
     ("qformer", {"num_queries": 8, "num_layers": 2, "hidden_size": 24, "num_heads": 2}),
     ("qformer", {"num_queries": 8, "num_layers": 2, "hidden_size": 24, "num_heads": 2, "instruction": True}),
     ("perceiver", {"num_latents": 8, "num_layers": 2, "num_heads": 2, "head_dim": 8}),
-    ("gated_cross_attention", {"memory": "resampler"}),
+    ("gated_cross_attention", {"num_latents": 8, "num_resampler_layers": 2, "num_heads": 2, "head_dim": 8}),
     ("gated_cross_attention", {"memory": "patches", "every": 1}),
 ]
 

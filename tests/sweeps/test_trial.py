@@ -27,6 +27,12 @@ COLOURS = {"red": (220, 30, 30), "left": (30, 30, 220)}
 """Answers that the tokenizer of the tests knows, and what they look like."""
 
 
+OTHERS = {
+    "llama": ("qformer", {"num_queries": 4, "num_layers": 2, "hidden_size": 16, "num_heads": 2}),
+    "qwen": ("gated_cross_attention", {"memory": "patches", "every": 1}),
+}
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> dict[str, Any]:
     """A run on twelve images of two kinds, as YAML values."""
@@ -170,8 +176,8 @@ def test_a_sweep_of_real_trials(
 def test_checkpoints_of_other_families(encoder: str, llm: str, tmp_path: Path) -> None:
     folder = write_models(tmp_path)
     write_data(folder)
-    connector = {"name": "gated_cross_attention", "options": {"every": 1, "memory": "patches"}}
-    values = run_values(folder, connector if llm == "qwen" else "qformer", encoder, llm)
+    name, options = OTHERS[llm]
+    values = run_values(folder, {"name": name, "options": options}, encoder, llm)
     result = run_trial(parse(RunConfig, values), tmp_path / "out", tmp_path / "features")
     assert result["evaluation"]["colors"]["num_items"] == 16
     assert set(result["final_loss"]) == {"align", "finetune"}
