@@ -67,7 +67,8 @@ class VisionLanguageProcessor(ProcessorMixin):
     @classmethod
     def of_run(cls, run: RunConfig, model: VisionLanguageModel) -> VisionLanguageProcessor:
         """The processor of a run's model."""
-        return cls(build.image_processor(run.encoder), build.tokenizer(run.llm), Layouts.of(model))
+        tokenizer = build.tokenizer(run.llm, model.text_spec.vocab_size)
+        return cls(build.image_processor(run.encoder), tokenizer, Layouts.of(model))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> VisionLanguageProcessor:  # pyright: ignore
