@@ -22,9 +22,9 @@ T = TypeVar("T")
 Part = Literal["vision", "connector", "language"]
 
 
-def limited(default: Any = dataclasses.MISSING, *, least: float, below: float = math.inf) -> Any:
-    """A field whose numbers (in a list, tuple or mapping: each of them) are refused unless least <= number < below."""
-    return field(default=default, metadata={"least": least, "below": below})
+def at_least(least: float, *, below: float = math.inf) -> dict[str, float]:
+    """A field's metadata: its numbers (in a list, tuple or mapping: each) are refused unless least <= number < below."""
+    return {"least": least, "below": below}
 
 
 class Template(StrEnum):
@@ -40,7 +40,9 @@ class EncoderConfig:
     name: str | None = None
     config: dict[str, Any] | None = None
     layer: int = -2  # index into its hidden states
-    image_size: int | None = limited(None, least=1)  # pixels a side; None: what the checkpoint was trained at
+    image_size: int | None = field(
+        default=None, metadata=at_least(1)
+    )  # pixels a side; None: what the checkpoint was trained at
 
 
 @dataclass
@@ -67,8 +69,8 @@ class DataConfig:
     images: str | None = None  # None: `images/` beside the JSON
     template: Template = Template.vicuna_v1
     image_mode: Literal["square", "pad"] = "pad"  # centre crop, or expand to a square with the mean colour
-    limit: int | None = limited(None, least=1)  # only the first so many records
-    max_length: int = limited(2048, least=1)  # tokens, visual ones included
+    limit: int | None = field(default=None, metadata=at_least(1))  # only the first so many records
+    max_length: int = field(default=2048, metadata=at_least(1))  # tokens, visual ones included
 
 
 @dataclass
@@ -76,33 +78,35 @@ class StageConfig:
     """One stage of training. Parts without a learning rate are frozen."""
 
     data: DataConfig
-    lr: dict[Part, float] = limited(least=0)
-    batch_size: int = limited(32, least=1)
-    micro_batch_size: int | None = limited(None, least=1)  # None: the whole batch at once
-    steps: int | None = limited(None, least=0)
-    epochs: float | None = limited(None, least=0)  # where `steps` is not given; 0 of either skips the stage
+    lr: dict[Part, float] = field(metadata=at_least(0))
+    batch_size: int = field(default=32, metadata=at_least(1))
+    micro_batch_size: int | None = field(default=None, metadata=at_least(1))  # None: the whole batch at once
+    steps: int | None = field(default=None, metadata=at_least(0))
+    epochs: float | None = field(
+        default=None, metadata=at_least(0)
+    )  # where `steps` is not given; 0 of either skips the stage
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: float = limited(0.03, least=0)
-    weight_decay: float = limited(0.0, least=0)
-    betas: tuple[float, float] = limited((0.9, 0.999), least=0, below=1)
-    clip: float | None = limited(1.0, least=0)  # largest gradient norm
+    warmup_ratio: float = field(default=0.03, metadata=at_least(0))
+    weight_decay: float = field(default=0.0, metadata=at_least(0))
+    betas: tuple[float, float] = field(default=(0.9, 0.999), metadata=at_least(0, below=1))
+    clip: float | None = field(default=1.0, metadata=at_least(0))  # largest gradient norm
     gradient_checkpointing: bool = False
 
 
 @dataclass
 class EvaluationConfig:
     data: DataConfig
-    batch_size: int = limited(64, least=1)
-    max_new_tokens: int = limited(16, least=1)
+    batch_size: int = field(default=64, metadata=at_least(1))
+    max_new_tokens: int = field(default=16, metadata=at_least(1))
 
 
 @dataclass
 class SeedConfig:
     """Initialisation, data order and dropout are seeded apart."""
 
-    init: int = limited(0, least=0, below=2**63)
-    data: int = limited(0, least=0, below=2**63)
-    dropout: int = limited(0, least=0, below=2**63)
+    init: int = field(default=0, metadata=at_least(0, below=2**63))
+    data: int = field(default=0, metadata=at_least(0, below=2**63))
+    dropout: int = field(default=0, metadata=at_least(0, below=2**63))
 
 
 @dataclass
@@ -116,8 +120,8 @@ class RunConfig:
     evaluation: dict[str, EvaluationConfig] = field(default_factory=dict)
     seed: SeedConfig = field(default_factory=SeedConfig)
     dtype: Literal["float32", "bfloat16"] = "float32"
-    checkpoint_every: int = limited(200, least=1)  # steps
-    threads: int | None = limited(None, least=1)  # CPU threads; None: torch's choice
+    checkpoint_every: int = field(default=200, metadata=at_least(1))  # steps
+    threads: int | None = field(default=None, metadata=at_least(1))  # CPU threads; None: torch's choice
 
 
 @dataclass
@@ -126,7 +130,7 @@ class SweepConfig:
 
     run: RunConfig
     connectors: list[ConnectorConfig]
-    seeds: list[int] = limited(least=0, below=2**63)
+    seeds: list[int] = field(metadata=at_least(0, below=2**63))
     encoders: list[EncoderConfig] = field(default_factory=list)  # empty: the run's own
     llms: list[LLMConfig] = field(default_factory=list)
 
