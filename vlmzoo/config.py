@@ -23,7 +23,7 @@ Part = Literal["vision", "connector", "language"]
 
 
 def at_least(least: float, *, below: float = math.inf) -> dict[str, float]:
-    """A field's metadata: its numbers (in a list, tuple or mapping: each) are refused unless least <= number < below."""
+    """A field's metadata: numbers (in a list, tuple or mapping, each) are refused unless least <= number < below."""
     return {"least": least, "below": below}
 
 
@@ -40,9 +40,7 @@ class EncoderConfig:
     name: str | None = None
     config: dict[str, Any] | None = None
     layer: int = -2  # index into its hidden states
-    image_size: int | None = field(
-        default=None, metadata=at_least(1)
-    )  # pixels a side; None: what the checkpoint was trained at
+    image_size: int | None = field(default=None, metadata=at_least(1))  # pixels a side; None: the checkpoint's own
 
 
 @dataclass
@@ -82,9 +80,7 @@ class StageConfig:
     batch_size: int = field(default=32, metadata=at_least(1))
     micro_batch_size: int | None = field(default=None, metadata=at_least(1))  # None: the whole batch at once
     steps: int | None = field(default=None, metadata=at_least(0))
-    epochs: float | None = field(
-        default=None, metadata=at_least(0)
-    )  # where `steps` is not given; 0 of either skips the stage
+    epochs: float | None = field(default=None, metadata=at_least(0))  # instead of steps; 0 of either skips the stage
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = field(default=0.03, metadata=at_least(0))
     weight_decay: float = field(default=0.0, metadata=at_least(0))
