@@ -10,12 +10,15 @@ import os
 import pkgutil
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -26,6 +29,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from vlmzoo.config import ConnectorConfig, DataConfig, EncoderConfig, LLMConfig, RunConfig
 from vlmzoo.connector import Connector, TextSpec, TokenConnector, TokenConnectorAdapter, VisionSpec, connectors
@@ -49,11 +53,19 @@ def load_connectors(plugins: Sequence[Path] = ()) -> None:
         for module in pkgutil.iter_modules(package.__path__):
             if not module.name.startswith("_"):
                 importlib.import_module(f"vlmzoo.connectors.{module.name}")
-        _loaded.add("built in")
         for entry in metadata.entry_points(group=ENTRY_POINTS):
-            entry.load()
+            _load_entry(entry)
+        _loaded.add("built in")
     for plugin in plugins:
         _load_plugin(Path(plugin))
+
+
+def _load_entry(entry: metadata.EntryPoint) -> None:
+    try:
+        entry.load()
+    except Exception as error:  # whatever somebody's package raises is reported as one line that names it
+        package = entry.dist.name if entry.dist else entry.module
+        raise ValueError(f"connector {entry.name!r} of the package {package}: {_reason(error)}") from error
 
 
 def _load_plugin(file: Path) -> list[str]:
@@ -71,10 +83,10 @@ def _load_plugin(file: Path) -> list[str]:
     sys.modules[module] = loaded = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(loaded)
-    except Exception as error:  # whatever a user's file raises is reported as one line, with nothing left behind
+    except (Exception, SystemExit) as error:  # whatever a user's file raises is one line, with nothing left behind
         del sys.modules[module]
         connectors.remove(set(connectors.names()) - before)
-        raise ValueError(f"plugin {file}: {type(error).__name__}: {error}") from error
+        raise ValueError(f"plugin {file}: {_reason(error)}") from error
     names = sorted(set(connectors.names()) - before)
     if not names:
         raise ValueError(f"plugin {file}: registers no connector; decorate a class with @register(NAME)")
@@ -106,10 +118,20 @@ def check_plugin(name: str, plugin: Mapping[str, str] | None) -> None:
 
 
 def resolve(run: RunConfig) -> RunConfig:
-    """The run with every option of its connector written out, and the hash of the plugin that it comes from."""
-    plugin = plugin_of(run.connector.name)
+    """The run with every option of its connector written out, and the hash of the plugin that it comes from.
+
+    Raises:
+        ValueError: an unknown connector or option, or a run that was resolved with another plugin file.
+    """
     options = connector_options(run.connector)
-    chosen = dataclasses.replace(run.connector, options=options, plugin=plugin["sha256"] if plugin else None)
+    plugin = plugin_of(run.connector.name)
+    digest = plugin["sha256"] if plugin else None
+    if run.connector.plugin not in (None, digest):
+        now = f"{plugin['file']} has {plugin['sha256'][:12]}" if plugin else "no plugin registers it now"
+        raise ValueError(
+            f"connector {run.connector.name!r}: the run expects a plugin of hash {run.connector.plugin[:12]}, {now}"
+        )
+    chosen = dataclasses.replace(run.connector, options=options, plugin=digest)
     return dataclasses.replace(run, connector=chosen)
 
 
@@ -171,16 +193,31 @@ def language(config: LLMConfig, *, seed: int = 0, dtype: torch.dtype = torch.flo
     return _pretrained(AutoModelForCausalLM, source, _read(AutoConfig.from_pretrained, source, "llm"), "llm", dtype)
 
 
-def tokenizer(config: LLMConfig) -> PreTrainedTokenizerBase:
-    """The LLM's tokenizer with `<image>` as a special token, and a token to pad with (never seen: it is masked)."""
+def tokenizer(config: LLMConfig, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
+    """The LLM's tokenizer with `<image>` as a special token, and a token to pad with (never seen: it is masked).
+
+    Args:
+        vocab_size: the LLM's, where it is known; `<image>` alone may lie beyond it.
+
+    Raises:
+        ValueError: no tokenizer there, or one without a token to pad with, or for another LLM.
+    """
     found = _read(AutoTokenizer.from_pretrained, _source(config.tokenizer or config.name, "llm.tokenizer"), "tokenizer")
+    name = f"tokenizer {config.tokenizer or config.name}"
     if IMAGE_TOKEN not in found.get_vocab():
         found.add_special_tokens({"extra_special_tokens": [*found.extra_special_tokens, IMAGE_TOKEN]})
     if found.pad_token is None:
         found.pad_token = found.unk_token or found.eos_token
         if found.pad_token is None:
+            raise ValueError(f"{name}: it has no pad, unk or eos token to pad with")
+    if vocab_size is not None:
+        token, index = max(
+            ((token, index) for token, index in found.get_vocab().items() if token != IMAGE_TOKEN),
+            key=lambda pair: pair[1],
+        )
+        if index >= vocab_size:
             raise ValueError(
-                f"tokenizer {config.tokenizer or config.name}: it has no pad, unk or eos token to pad with"
+                f"{name}: {token!r} has id {index}, beyond the LLM's vocabulary of {vocab_size}; they do not fit"
             )
     return found
 
@@ -239,8 +276,31 @@ def _source(name: str | None, where: str) -> str:
 def _read(reader: Any, source: str, what: str, **kwargs: Any) -> Any:
     try:
         return reader(source, **kwargs)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{what} {source}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
+        raise ValueError(f"{what} {source}: cannot be loaded ({_reason(error)})") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What a library or a plugin raised, in a line: its type where that says more than OSError or ValueError do."""
+    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+        error = error.__cause__
+    first = str(error).strip().partition("\n")[0]
+    return first if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {first}"
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """transformers without its reports, which our errors replace, and without its bars where there is no terminal."""
+    said, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(said)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _random(auto: Any, values: Mapping[str, Any], what: str, seed: int, dtype: torch.dtype) -> PreTrainedModel:
@@ -253,14 +313,16 @@ def _random(auto: Any, values: Mapping[str, Any], what: str, seed: int, dtype: t
         torch.manual_seed(seed)
         try:
             return auto.from_config(AutoConfig.for_model(**values), dtype=dtype)
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{what}.config: {error}") from error
+        except (KeyError, ValueError, TypeError, StrictDataclassError) as error:
+            raise ValueError(f"{what}.config: {_reason(error)}") from error
 
 
 def _pretrained(auto: Any, source: str, config: PreTrainedConfig, what: str, dtype: torch.dtype) -> PreTrainedModel:
-    model, found = _read(
-        auto.from_pretrained, source, what, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True
-    )
+    options = {"use_safetensors": True, "ignore_mismatched_sizes": True}  # we refuse them ourselves, in one line
+    with quiet_transformers():
+        model, found = _read(
+            auto.from_pretrained, source, what, config=config, dtype=dtype, output_loading_info=True, **options
+        )
     if missing := sorted(found["missing_keys"]):
         raise ValueError(f"{what} {source}: {len(missing)} weights are missing, {missing[0]} first")
     if mismatched := sorted(found["mismatched_keys"]):

@@ -30,14 +30,12 @@ def show_list(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> int:
-    import yaml
+    from vlmzoo.config import assignment
+
+    options = dict(assignment(override, "option", "num_queries=8") for override in args.overrides)
 
     from vlmzoo import build, conformance
 
-    for override in args.overrides:
-        if "=" not in override:
-            raise ValueError(f"option {override!r}: expected KEY=VALUE, such as num_queries=8")
-    options = {key: yaml.safe_load(text) for key, _, text in (override.partition("=") for override in args.overrides)}
     with _quiet(args.json):
         build.load_connectors(args.plugin)
         names = build.connectors_of(Path(args.connector)) if args.connector.endswith(".py") else [args.connector]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,11 @@ T = TypeVar("T")
 Part = Literal["vision", "connector", "language"]
 
 
+def at_least(least: float, *, below: float = math.inf) -> dict[str, float]:
+    """A field's metadata: numbers (in a list, tuple or mapping, each) are refused unless least <= number < below."""
+    return {"least": least, "below": below}
+
+
 class Template(StrEnum):
     plain = "plain"  # LLaVA's stage 1: the human text is dropped
     vicuna_v1 = "vicuna_v1"
@@ -34,7 +40,7 @@ class EncoderConfig:
     name: str | None = None
     config: dict[str, Any] | None = None
     layer: int = -2  # index into its hidden states
-    image_size: int | None = None  # pixels a side; None: what the checkpoint was trained at
+    image_size: int | None = field(default=None, metadata=at_least(1))  # pixels a side; None: the checkpoint's own
 
 
 @dataclass
@@ -61,8 +67,8 @@ class DataConfig:
     images: str | None = None  # None: `images/` beside the JSON
     template: Template = Template.vicuna_v1
     image_mode: Literal["square", "pad"] = "pad"  # centre crop, or expand to a square with the mean colour
-    limit: int | None = None  # only the first so many records
-    max_length: int = 2048  # tokens, visual ones included
+    limit: int | None = field(default=None, metadata=at_least(1))  # only the first so many records
+    max_length: int = field(default=2048, metadata=at_least(1))  # tokens, visual ones included
 
 
 @dataclass
@@ -70,33 +76,33 @@ class StageConfig:
     """One stage of training. Parts without a learning rate are frozen."""
 
     data: DataConfig
-    lr: dict[Part, float]
-    batch_size: int = 32
-    micro_batch_size: int | None = None  # None: the whole batch at once
-    steps: int | None = None
-    epochs: float | None = None  # where `steps` is not given; 0 of either skips the stage
+    lr: dict[Part, float] = field(metadata=at_least(0))
+    batch_size: int = field(default=32, metadata=at_least(1))
+    micro_batch_size: int | None = field(default=None, metadata=at_least(1))  # None: the whole batch at once
+    steps: int | None = field(default=None, metadata=at_least(0))
+    epochs: float | None = field(default=None, metadata=at_least(0))  # instead of steps; 0 of either skips the stage
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: float = 0.03
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip: float | None = 1.0  # largest gradient norm
+    warmup_ratio: float = field(default=0.03, metadata=at_least(0))
+    weight_decay: float = field(default=0.0, metadata=at_least(0))
+    betas: tuple[float, float] = field(default=(0.9, 0.999), metadata=at_least(0, below=1))
+    clip: float | None = field(default=1.0, metadata=at_least(0))  # largest gradient norm
     gradient_checkpointing: bool = False
 
 
 @dataclass
 class EvaluationConfig:
     data: DataConfig
-    batch_size: int = 64
-    max_new_tokens: int = 16
+    batch_size: int = field(default=64, metadata=at_least(1))
+    max_new_tokens: int = field(default=16, metadata=at_least(1))
 
 
 @dataclass
 class SeedConfig:
     """Initialisation, data order and dropout are seeded apart."""
 
-    init: int = 0
-    data: int = 0
-    dropout: int = 0
+    init: int = field(default=0, metadata=at_least(0, below=2**63))
+    data: int = field(default=0, metadata=at_least(0, below=2**63))
+    dropout: int = field(default=0, metadata=at_least(0, below=2**63))
 
 
 @dataclass
@@ -110,8 +116,8 @@ class RunConfig:
     evaluation: dict[str, EvaluationConfig] = field(default_factory=dict)
     seed: SeedConfig = field(default_factory=SeedConfig)
     dtype: Literal["float32", "bfloat16"] = "float32"
-    checkpoint_every: int = 200  # steps
-    threads: int | None = None  # CPU threads; None: torch's choice
+    checkpoint_every: int = field(default=200, metadata=at_least(1))  # steps
+    threads: int | None = field(default=None, metadata=at_least(1))  # CPU threads; None: torch's choice
 
 
 @dataclass
@@ -120,7 +126,7 @@ class SweepConfig:
 
     run: RunConfig
     connectors: list[ConnectorConfig]
-    seeds: list[int]
+    seeds: list[int] = field(metadata=at_least(0, below=2**63))
     encoders: list[EncoderConfig] = field(default_factory=list)  # empty: the run's own
     llms: list[LLMConfig] = field(default_factory=list)
 
@@ -150,7 +156,7 @@ def parse(kind: type[T], values: object, where: str = "") -> T:
 def _parse(kind: Any, value: Any, where: str) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
-        return value
+        return _plain(value, where)
     if origin in (Union, types.UnionType):
         if value is None:
             return None
@@ -192,7 +198,30 @@ def _parse_dataclass(kind: Any, value: Any, where: str) -> Any:
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if required and key not in given:
             raise ValueError(f"key {_join(where, key)!r} is missing; {kind.__name__} needs it")
+    for key, value in given.items():
+        if limits := fields[key].metadata:
+            _check_limits(value, limits["least"], limits["below"], _join(where, key))
     return kind(**given)
+
+
+def _check_limits(value: Any, least: float, below: float, where: str) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_limits(item, least, below, _join(where, key))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _check_limits(item, least, below, f"{where}[{index}]")
+    elif value is not None and not least <= value < below:
+        raise _mismatch(where, f"at least {least}" + (f" and below {below}" if below < math.inf else ""), value)
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A value of any type that can be hashed and written down again."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):  # a date, a set, .inf, .nan
+        raise _mismatch(where, "a value that JSON can hold", value) from None
+    return value
 
 
 def _parse_scalar(kind: Any, value: Any, where: str) -> Any:
@@ -208,14 +237,15 @@ def _parse_scalar(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, str):
             raise _mismatch(where, "a text", value)
         return value
+    expected = "a whole number" if kind is int else "a finite number"
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise _mismatch(where, f"a {kind.__name__}", value)
+        raise _mismatch(where, expected, value)
     try:
         number = kind(value)  # YAML reads 1e-3 as a string
-    except ValueError:
-        raise _mismatch(where, f"a {kind.__name__}", value) from None
-    if kind is int and number != float(value):
-        raise _mismatch(where, "a whole number", value)
+    except (ValueError, OverflowError):
+        raise _mismatch(where, expected, value) from None
+    if (kind is int and isinstance(value, float) and number != value) or (kind is float and not math.isfinite(number)):
+        raise _mismatch(where, expected, value)
     return number
 
 
@@ -248,9 +278,7 @@ def load(kind: type[T], path: Path, overrides: Iterable[str] = ()) -> T:
 
 
 def _override(values: Any, override: str) -> Any:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ValueError(f"override {override!r}: expected KEY=VALUE, such as stages.finetune.steps=100")
+    key, value = assignment(override, "override", "stages.finetune.steps=100")
     *parents, last = key.split(".")
     place = values = {} if values is None else values
     for depth, parent in enumerate(parents):
@@ -261,8 +289,23 @@ def _override(values: Any, override: str) -> Any:
         place = place.setdefault(parent, {})
     if not isinstance(place, dict):
         raise ValueError(f"override {override!r}: {'.'.join(parents)!r} is no mapping")
-    place[last] = yaml.safe_load(text)
+    place[last] = value
     return values
+
+
+def assignment(text: str, what: str, example: str) -> tuple[str, Any]:
+    """Key and value of a KEY=VALUE whose value is YAML.
+
+    Raises:
+        ValueError: it is none; the message calls it `what` and shows the example.
+    """
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise ValueError(f"{what} {text!r}: expected KEY=VALUE, such as {example}")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{what} {text!r}: not valid YAML ({' '.join(str(error).split())})") from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:

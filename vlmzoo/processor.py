@@ -67,7 +67,8 @@ class VisionLanguageProcessor(ProcessorMixin):
     @classmethod
     def of_run(cls, run: RunConfig, model: VisionLanguageModel) -> VisionLanguageProcessor:
         """The processor of a run's model."""
-        return cls(build.image_processor(run.encoder), build.tokenizer(run.llm), Layouts.of(model))
+        tokenizer = build.tokenizer(run.llm, model.text_spec.vocab_size)
+        return cls(build.image_processor(run.encoder), tokenizer, Layouts.of(model))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> VisionLanguageProcessor:  # pyright: ignore
@@ -116,23 +117,27 @@ class VisionLanguageProcessor(ProcessorMixin):
         """Model inputs for prompts, padded on the left as generation needs it.
 
         Args:
-            images: in the order of the `<image>` in all texts.
+            images: in the order of the `<image>` in all texts, or a list of them for each text.
             instruction: for each image, where the connector reads one.
 
         Raises:
             ValueError: images and `<image>` do not agree in number, or the connector needs an instruction.
         """
         texts = [text] if isinstance(text, str) else list(text or ())
+        if not texts:
+            raise ValueError("expected at least one text")
         flat = _flatten(images)
         token = self.layouts.image_token_id
         slots = self.layouts.num_tokens(ImageLayout((self.layouts.grid,)))
-        rows, placed = [], 0
+        rows, placed = [], []
         for one in texts:
             ids = self.tokenizer(one, add_special_tokens=kwargs.get("add_special_tokens", True))["input_ids"]
-            placed += ids.count(token)
+            placed.append(ids.count(token))
             rows.append([copy for item in ids for copy in [item] * (slots if item == token else 1)])
-        if placed != len(flat):
-            raise ValueError(f"the texts hold {placed} {build.IMAGE_TOKEN} for {len(flat)} images")
+        by_text = [item for item in images if isinstance(item, Sequence)] if isinstance(images, Sequence) else []
+        given = [len(item) for item in by_text] or [len(flat)]
+        if given != (placed if by_text else [sum(placed)]):
+            raise ValueError(f"the texts hold {_sum(placed)} {build.IMAGE_TOKEN} for {_sum(given)} images")
         batch = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         if flat:
@@ -154,6 +159,10 @@ def _flatten(images: Any) -> list[Image.Image]:
     if isinstance(images, Image.Image):
         return [images]
     return [image for item in images for image in _flatten(item)]
+
+
+def _sum(counts: Sequence[int]) -> str:
+    return " + ".join(map(str, counts))
 
 
 AutoProcessor.register(VisionLanguageConfig, VisionLanguageProcessor)

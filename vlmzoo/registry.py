@@ -12,10 +12,10 @@ T = TypeVar("T", bound=type)
 
 def unknown(what: str, name: object, valid: Iterable[str]) -> ValueError:
     """The one way to say that a name is not known: what was given, the nearest valid one, and all of them."""
-    names = sorted(valid)
+    names = sorted(map(str, valid))
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return ValueError(f"unknown {what} {name!r}{hint} Valid: {', '.join(names) or 'none'}".replace("?;", "?"))
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return ValueError(f"unknown {what} {name!r}{hint} Valid: {', '.join(names) or 'none'}")
 
 
 class Registry:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmzoo.config import DataConfig, EvaluationConfig, RunConfig, Template, load
+from vlmzoo.files import damage
 from vlmzoo.registry import unknown
 
 WORLD = "world"
@@ -30,19 +31,23 @@ def evaluate_checkpoint(
         out: where predictions/<task>.jsonl are written; None: nowhere.
 
     Raises:
-        ValueError: no trained model there, or a task that the run does not have.
+        ValueError: no trained model there, or a damaged one, or a task that the run does not have.
     """
     folder = checkpoint if (checkpoint / "result.json").is_file() else checkpoint.parent
-    if not (folder / "config.yaml").is_file() or not (folder / "model" / "config.json").is_file():
+    if not (folder / "result.json").is_file():
         raise ValueError(f"{checkpoint}: expected the directory of a run that has ended, or the model/ in it")
+    if (fault := damage(folder / "model")) is not None:
+        raise ValueError(fault)
     run = load(RunConfig, folder / "config.yaml")
     configs = {task: task_config(run, task, data, images) for task in tasks}
 
+    from vlmzoo import build
     from vlmzoo.model import VisionLanguageModel
     from vlmzoo.processor import VisionLanguageProcessor
     from vlmzoo.sweeps.trial import evaluate_task, to_device
 
-    model = to_device(VisionLanguageModel.from_pretrained(folder / "model"))
+    with build.quiet_transformers():
+        model = to_device(VisionLanguageModel.from_pretrained(folder / "model"))
     processor = VisionLanguageProcessor.from_pretrained(folder / "model")
     return {
         task: evaluate_task(model, processor, config, out and out / "predictions" / f"{task}.jsonl")

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import logging
 
 from vlmzoo import build
 from vlmzoo.config import EvaluationConfig, RunConfig, config_hash, dump, load
 from vlmzoo.connector import ImageLayout
 from vlmzoo.evaluation.evaluate import evaluate, write_predictions
 from vlmzoo.evaluation.metrics import score
-from vlmzoo.files import locked, write_json, write_whole
+from vlmzoo.files import locked, whole_folder, write_json, write_whole
 from vlmzoo.model import VisionLanguageModel
 from vlmzoo.processor import VisionLanguageProcessor
 from vlmzoo.samples import SampleSet
@@ -26,6 +25,7 @@ from vlmzoo.sweeps.manifest import manifest
 from vlmzoo.sweeps.metrics import read_metrics
 from vlmzoo.sweeps.plan import read_result
 from vlmzoo.training.run import moves_vision, train
+from vlmzoo.training.stages import num_steps
 
 SCHEMA = 1
 
@@ -52,6 +52,7 @@ def run_trial(run: RunConfig, out: Path, cache: Path | None = None) -> dict[str,
         earlier = sum(step["seconds"] for step in read_metrics(out / "metrics.jsonl"))  # of a process that was stopped
         start = time.perf_counter()
         model, processor = new_model(run)
+        check_data(run, model, processor)
         training = train(model, processor, run, out, cache)
         cache = None if moves_vision(run, len(run.stages) - 1) else cache
         evaluation = {
@@ -93,6 +94,18 @@ def refuse_other_run(run: RunConfig, out: Path) -> None:
     )
 
 
+def check_data(run: RunConfig, model: VisionLanguageModel, processor: VisionLanguageProcessor) -> None:
+    """Raises a ValueError for data that a later stage or the evaluation would refuse, before the first stage starts."""
+    for name, stage in run.stages.items():
+        num_records = len(SampleSet(model, processor, stage.data))
+        try:
+            num_steps(stage, num_records)
+        except ValueError as error:
+            raise ValueError(f"stages.{name}: {error}") from None
+    for task in run.evaluation.values():
+        SampleSet(model, processor, task.data)
+
+
 def new_model(run: RunConfig) -> tuple[VisionLanguageModel, VisionLanguageProcessor]:
     """A run's untrained model, on the GPU where there is one, and its processor."""
     dtype = getattr(torch, run.dtype)
@@ -125,10 +138,10 @@ def evaluate_task(
 
 
 def save(model: VisionLanguageModel, processor: VisionLanguageProcessor, folder: Path) -> None:
-    """Writes model and processor as transformers reads them."""
-    logging.disable_progress_bar()
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    """Writes model and processor as transformers reads them, whole or not at all."""
+    with whole_folder(folder) as place, build.quiet_transformers():
+        model.save_pretrained(place)
+        processor.save_pretrained(place)
 
 
 def to_device(model: VisionLanguageModel) -> VisionLanguageModel:

@@ -1,0 +1,178 @@
+"""Prompts and pictures -> inputs: every image has the slots that its connector fills, whatever stands around it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from tests.checkpoints import CHAT, COLORS, run_values, write_models
+from vlmzoo.config import RunConfig, parse
+from vlmzoo.connector import ImageLayout
+from vlmzoo.model import VisionLanguageModel
+from vlmzoo.processor import VisionLanguageProcessor
+
+CONNECTORS: list[Any] = [
+    "mlp",
+    {"name": "perceiver", "options": {"num_latents": 5, "num_layers": 1, "num_heads": 2, "head_dim": 8}},
+    {"name": "gated_cross_attention", "options": {"memory": "patches", "every": 2, "num_heads": 2, "head_dim": 8}},
+]
+RED, GREEN, BLUE = (Image.new("RGB", (40, 30), COLORS[name]) for name in ("red", "green", "blue"))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+def make(models: Path, connector: Any = "mlp", encoder: str = "clip") -> tuple[VisionLanguageModel, Any]:
+    run = parse(RunConfig, run_values(models, connector, encoder))
+    model = VisionLanguageModel.of_run(run).eval()
+    return model, VisionLanguageProcessor.of_run(run, model)
+
+
+@pytest.fixture(scope="module")
+def processor(models: Path) -> Any:
+    return make(models)[1]
+
+
+SLOTS = 9  # of mlp: 24 pixels a side in patches of 8
+
+
+def layout(model: VisionLanguageModel) -> ImageLayout:
+    return ImageLayout((model.vision.grid(24, 24),))
+
+
+@pytest.mark.parametrize("encoder", ["clip", "siglip"])
+@pytest.mark.parametrize("connector", CONNECTORS)
+def test_slots_are_those_of_the_model(connector: Any, encoder: str, models: Path) -> None:
+    model, processor = make(models, connector, encoder)
+    inputs = processor([RED, GREEN, BLUE], ["<image> What <image>", "red <image>"])
+    slots = (inputs["input_ids"] == model.config.image_token_id).sum(1)
+    assert slots.tolist() == [2 * model.num_tokens(layout(model)), model.num_tokens(layout(model))]
+    assert inputs["pixel_values"].shape == (3, 3, 24, 24)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    assert logits.shape[:2] == inputs["input_ids"].shape
+    assert torch.isfinite(logits[inputs["attention_mask"].bool()]).all()
+
+
+def test_the_slots_stand_where_the_token_stood(processor: Any) -> None:
+    token = processor.layouts.image_token_id
+    ids = processor(RED, "What <image> is it")["input_ids"][0].tolist()
+    words = processor.tokenizer("What is it")["input_ids"]
+    assert ids == [*words[:2], *[token] * SLOTS, *words[2:]]
+
+
+def test_several_turns_with_several_images(processor: Any) -> None:
+    turns = [
+        {"role": "user", "content": "<image>\n<image>\nWhat color is it ?"},
+        {"role": "assistant", "content": "red green"},
+        {"role": "user", "content": "<image>\nWhat is it now ?"},
+    ]
+    text = processor.tokenizer.apply_chat_template(turns, tokenize=False)
+    inputs = processor([RED, GREEN, BLUE], text, add_special_tokens=False)
+    ids = inputs["input_ids"][0].tolist()
+    token = processor.layouts.image_token_id
+    bos, eos = processor.tokenizer.bos_token_id, processor.tokenizer.eos_token_id
+    assert [ids.count(bos), ids.count(eos), ids.count(token)] == [1, 1, 3 * SLOTS]
+    answered = ids.index(eos)
+    assert [ids[:answered].count(token), ids[answered:].count(token)] == [2 * SLOTS, SLOTS]
+    assert processor.chat_template == CHAT
+
+
+def test_images_are_in_the_order_of_the_texts(processor: Any) -> None:
+    inputs = processor([[RED, GREEN], [BLUE]], ["<image><image>", "<image>"])
+    alone = [processor(image, "<image>")["pixel_values"][0] for image in (RED, GREEN, BLUE)]
+    assert torch.equal(inputs["pixel_values"], torch.stack(alone))
+    assert not torch.equal(alone[0], alone[1])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding(side: Literal["left", "right"], processor: Any) -> None:
+    texts = ["What", "<image> What color is it ?"]
+    inputs = processor(RED, texts, padding_side=side)
+    long = inputs["input_ids"].shape[1]
+    short = len(processor.tokenizer("What")["input_ids"])
+    real = [0] * (long - short) + [1] * short
+    assert inputs["attention_mask"].tolist() == [real if side == "left" else real[::-1], [1] * long]
+    pads = inputs["input_ids"][0][inputs["attention_mask"][0] == 0]
+    assert set(pads.tolist()) == {processor.tokenizer.pad_token_id}
+    for row, text in enumerate(texts):
+        kept = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
+        assert torch.equal(kept, processor([RED][: text.count("<image>")], text)["input_ids"][0])
+
+
+def test_padding_has_no_influence_on_the_model(models: Path) -> None:
+    model, processor = make(models)
+    alone = processor(RED, "<image> What")
+    for side in ("left", "right"):
+        both = processor([RED, GREEN, BLUE], ["<image> What", "<image> What <image> is it"], padding_side=side)
+        with torch.no_grad():
+            logits = model(**both).logits[0][both["attention_mask"][0].bool()]
+            expected = model(**alone).logits[0]
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_text_alone(models: Path) -> None:
+    model, processor = make(models)
+    inputs = processor(text=["What is red ?", "What"])
+    assert set(inputs) == {"input_ids", "attention_mask"}
+    assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape == (2, inputs["input_ids"].shape[1] + 3)
+
+
+@pytest.mark.parametrize(
+    ("images", "texts", "expected"),
+    [
+        ([RED], ["<image><image>"], "the texts hold 2 <image> for 1 images"),
+        ([RED, GREEN], ["<image>", "What"], "the texts hold 1 + 0 <image> for 2 images"),
+        (None, ["<image>"], "the texts hold 1 <image> for 0 images"),
+        (RED, ["What"], "the texts hold 0 <image> for 1 images"),
+        ([[RED], [GREEN, BLUE]], ["<image><image>", "<image>"], "the texts hold 2 + 1 <image> for 1 + 2 images"),
+        ([[RED], [GREEN]], ["<image><image>"], "the texts hold 2 <image> for 1 + 1 images"),
+        ([RED], None, "expected at least one text"),
+    ],
+)
+def test_a_wrong_number_of_images_is_refused(processor: Any, images: Any, texts: Any, expected: str) -> None:
+    with pytest.raises(ValueError) as found:
+        processor(images, texts)
+    assert str(found.value) == expected
+
+
+def test_connectors_that_read_the_instruction_get_one_an_image(models: Path) -> None:
+    options = {"num_queries": 3, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "instruction": True}
+    model, processor = make(models, {"name": "qformer", "options": options})
+    inputs = processor([RED, GREEN], "<image><image> What", instruction=["What", "What color is it"])
+    words = processor.tokenizer("What color is it", add_special_tokens=False)["input_ids"]
+    assert inputs["instruction_ids"][1].tolist() == words
+    assert inputs["instruction_mask"].tolist() == [[1] + [0] * (len(words) - 1), [1] * len(words)]
+    with torch.no_grad():
+        assert torch.isfinite(model(**inputs).logits).all()
+    with pytest.raises(ValueError, match="one instruction an image: 1 for 2"):
+        processor([RED, GREEN], "<image><image> What", instruction="What")
+
+
+@pytest.mark.parametrize("connector", CONNECTORS)
+def test_saved_beside_its_model_it_is_found_by_transformers(connector: Any, models: Path, tmp_path: Path) -> None:
+    model, processor = make(models, connector)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again = AutoProcessor.from_pretrained(tmp_path)
+    assert isinstance(again, VisionLanguageProcessor)
+    prompt: Any = ([RED, GREEN], ["What <image> is <image>", "What"])
+    before, after = processor(*prompt), again(*prompt)
+    assert set(before) == set(after)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert again.tokenizer.chat_template == CHAT
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(**after).logits, model(**before).logits)
+
+
+def test_a_processor_without_its_model_is_refused(processor: Any) -> None:
+    with pytest.raises(ValueError, match="belongs to a model"):
+        VisionLanguageProcessor(processor.image_processor, processor.tokenizer)
