@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 MANIFEST = "sha256.json"
 
 
@@ -54,9 +56,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
         aside.rename(path)
         _sync(path.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors wraps what the system said
         shutil.rmtree(aside, ignore_errors=True)
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+        number, said = getattr(error, "errno", None), getattr(error, "strerror", None)
+        raise OSError(number, said or str(error), str(path)) from None
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sys
@@ -34,7 +35,10 @@ def save(
         save_file(
             {name: value.detach().cpu().contiguous() for name, value in weights.items()}, place / "model.safetensors"
         )
-        torch.save(optimizer.state_dict(), place / "optimizer.pt")
+        try:
+            torch.save(optimizer.state_dict(), place / "optimizer.pt")
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(errno.EIO, f"cannot be written ({str(error).partition(chr(10))[0]})") from None
         (place / "state.json").write_text(json.dumps({**asdict(progress), "config_hash": config_hash}))
     for old in _found(folder)[:-KEPT]:
         shutil.rmtree(old)

@@ -10,6 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from vlmzoo.files import write_whole
+
 PLAIN_SECONDS = 15  # between two lines where there is no terminal
 LAST = 20  # steps whose mean is a stage's final loss
 
@@ -22,9 +24,8 @@ class Log:
         if file.is_file():
             whole = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
             self.lines = [line for line in map(json.loads, whole) if line["total"] < total]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self._file = file.open("w", encoding="utf-8")
-        self._file.writelines(json.dumps(line) + "\n" for line in self.lines)
+        write_whole(file, "".join(json.dumps(line) + "\n" for line in self.lines))  # killed here, nothing is lost
+        self._file = file.open("a", encoding="utf-8")
         self._bar: tqdm | None = None
         self._samples, self._seconds = 0, 0.0
         self._said = time.monotonic()
@@ -39,8 +40,11 @@ class Log:
     def write(self, line: dict[str, Any]) -> None:
         """One step's figures, `seconds` and `samples` among them."""
         self.lines.append(line)
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file.name) from None  # a failed write names no file
         self._samples += line["samples"]
         self._seconds += line["seconds"]
         if self._bar is not None:

@@ -1,0 +1,279 @@
+"""The one loop: what it computes, what it leaves alone, and that it ends the same wherever it was stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from safetensors.torch import load_file
+from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+
+from tests.training.conftest import Trained, metrics
+from vlmzoo import build
+from vlmzoo.config import RunConfig, StageConfig, parse
+from vlmzoo.model import VisionLanguageModel
+from vlmzoo.samples import SampleSet
+from vlmzoo.sweeps.trial import new_model
+from vlmzoo.training import run as loop
+from vlmzoo.training.stages import prepare, rate
+
+Train = Callable[..., Trained]
+
+
+def same(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """The names of weights that differ in any bit."""
+    assert found.keys() == expected.keys()
+    return [name for name in expected if not torch.equal(found[name], expected[name])]
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, number: int, error: BaseException) -> None:
+    """The step with this number (from 0, over all stages) raises before it does anything."""
+    take_step, taken = loop.take_step, iter(range(1000))
+
+    def step(*arguments: Any) -> dict[str, Any]:
+        if next(taken) == number:
+            raise error
+        return take_step(*arguments)
+
+    monkeypatch.setattr(loop, "take_step", step)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("straight")
+
+
+@pytest.mark.parametrize("number", [1, 3, 4, 5, 7])
+def test_stopped_at_any_step_it_ends_the_same(
+    number: int,
+    values: dict[str, Any],
+    tmp_path: Path,
+    straight: Path,
+    train_in: Train,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected, _ = train_in(values, straight)  # computed once: afterwards its checkpoint is read
+    with monkeypatch.context() as patched:
+        stop_at(patched, number, RuntimeError("stopped"))
+        with pytest.raises(RuntimeError, match="stopped"):
+            train_in(values, tmp_path)
+    found, result = train_in(values, tmp_path)
+    assert same(found, expected) == []
+    assert metrics(tmp_path) == metrics(straight)
+    assert [line["step"] for line in metrics(tmp_path)] == [0, 1, 2, 3] * 2
+    assert set(result.final_loss) == {"align", "finetune"}
+
+
+def test_dropout_and_order_have_their_own_seeds(values: dict[str, Any], tmp_path: Path, train_in: Train) -> None:
+    weights = {}
+    for index, seed in enumerate([{}, {"dropout": 1}, {"data": 1}, {"init": 1}, {}]):
+        weights[index] = train_in({**values, "seed": seed}, tmp_path / str(index))[0]
+    assert same(weights[4], weights[0]) == []
+    for index in (1, 2, 3):
+        assert same(weights[index], weights[0]) != [], index
+    first = [metrics(tmp_path / str(index))[0]["loss"] for index in range(4)]
+    assert first[1] == first[0]  # stage 1 freezes the LLM: no dropout there
+    assert first[2] != first[0]
+    assert first[3] != first[0]
+
+
+def test_killed_and_started_again_it_ends_the_same(values: dict[str, Any], tmp_path: Path) -> None:
+    plugin = tmp_path / "dies.py"
+    plugin.write_text(
+        "import os, signal\n"
+        "from torch import nn\n"
+        "from vlmzoo.connector import TokenConnector, register\n"
+        "@register('dies')\n"
+        "class Dies(TokenConnector):\n"
+        '    """Kills its process in one of its forwards."""\n'
+        "    def __init__(self, vision_dim, text_dim):\n"
+        "        super().__init__()\n"
+        "        self.project, self.forwards = nn.Linear(vision_dim, text_dim), 0\n"
+        "    def num_tokens(self, grid):\n"
+        "        return grid[0] * grid[1]\n"
+        "    def forward(self, patches, grid):\n"
+        "        self.forwards += 1\n"
+        "        if str(self.forwards) == os.environ.get('DIES_AT'):\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return self.project(patches)\n"
+    )
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({**values, "connector": "dies"}))
+
+    def train(out: str, **environment: str) -> int:
+        command = [sys.executable, "-m", "vlmzoo", "train", str(file), "--plugin", str(plugin), "--out", out]
+        return subprocess.run(command, cwd=tmp_path, env={**os.environ, **environment}, capture_output=True).returncode
+
+    root = str(Path(__file__).parents[2])
+    assert train("cut", PYTHONPATH=root, DIES_AT="6") == -signal.SIGKILL
+    assert train("cut", PYTHONPATH=root) == 0
+    assert train("whole", PYTHONPATH=root) == 0
+    found, expected = (load_file(tmp_path / out / "model" / "model.safetensors") for out in ("cut", "whole"))
+    assert same(found, expected) == []
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def test_ctrl_c_ends_the_step_and_keeps_it(
+    values: dict[str, Any], tmp_path: Path, straight: Path, train_in: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = train_in(values, straight)
+    take_step, taken = loop.take_step, []
+
+    def step(*arguments: Any) -> dict[str, Any]:
+        taken.append(None)
+        if len(taken) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return take_step(*arguments)
+
+    monkeypatch.setattr(loop, "take_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        train_in(values, tmp_path)
+    assert len(metrics(tmp_path)) == 2
+    found, _ = train_in(values, tmp_path)
+    assert len(taken) == 8  # no step was taken twice
+    assert same(found, expected) == []
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_any_split_of_a_batch_gives_the_same_updates(
+    size: int, values: dict[str, Any], tmp_path: Path, train_in: Train
+) -> None:
+    del values["stages"]["finetune"]["lr"]["language"]  # whose dropout is drawn batch by batch
+    whole, _ = train_in(values, tmp_path / "whole")
+    for stage in values["stages"].values():
+        stage["micro_batch_size"] = size
+    split, _ = train_in(values, tmp_path / "split")
+    for name, value in whole.items():
+        torch.testing.assert_close(split[name], value, rtol=1e-4, atol=1e-6)
+    for found, expected in zip(metrics(tmp_path / "split"), metrics(tmp_path / "whole"), strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found["tokens"] == expected["tokens"]
+
+
+def test_the_loss_is_summed_over_targets_and_divided_once(values: dict[str, Any]) -> None:
+    run = build.resolve(parse(RunConfig, values))
+    model, processor = new_model(run)
+    stage = run.stages["finetune"]
+    stage.micro_batch_size = 1
+    data = SampleSet(model, processor, stage.data)
+    chosen = [0, 4, 6]  # one picture, text alone, two pictures: of different numbers of targets
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for sample in data.samples(chosen):
+            batch = data.batch([sample])
+            logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits.double()
+            labels = batch["labels"][0, 1:]
+            total += F.cross_entropy(logits[0, :-1], labels, reduction="sum").item()
+            count += int((labels != -100).sum())
+    optimizer = prepare(model, stage)
+    model.eval()  # without dropout, as above
+    figures = loop.take_step(model, optimizer, data, chosen, stage, "float32")
+    assert figures["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert figures["tokens"] == count
+
+
+def test_what_is_frozen_stays_as_it_is(
+    values: dict[str, Any], tmp_path: Path, train_in: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[set[str], set[str], int]] = []
+    take_step = loop.take_step
+
+    def step(model: VisionLanguageModel, optimizer: torch.optim.Optimizer, *rest: Any) -> dict[str, Any]:
+        figures = take_step(model, optimizer, *rest)
+        training = {name.split(".")[0] for name, module in model.named_modules() if name and module.training}
+        moved = {name.split(".")[0] for name, value in model.named_parameters() if value.grad is not None}
+        seen.append((training, moved, sum(len(group["params"]) for group in optimizer.param_groups)))
+        return figures
+
+    monkeypatch.setattr(loop, "take_step", step)
+    before = new_model(build.resolve(parse(RunConfig, values)))[0].state_dict()
+    del values["stages"]["finetune"]
+    after, result = train_in(values, tmp_path)
+    assert seen[-1] == ({"connector"}, {"connector"}, 4)
+    changed = {name.split(".")[0] for name in same(after, before)}
+    assert changed == {"connector"}
+    assert result.trainable_parameters == {"align": 32 * 48 + 48 + 48 * 48 + 48}
+
+
+def test_a_stage_of_no_steps_is_skipped(values: dict[str, Any], tmp_path: Path, train_in: Train) -> None:
+    values["stages"]["align"]["steps"] = 0
+    _, result = train_in(values, tmp_path)
+    assert {line["stage"] for line in metrics(tmp_path)} == {"finetune"}
+    assert set(result.final_loss) == {"finetune"}
+
+
+def test_text_alone_trains_too(values: dict[str, Any], tmp_path: Path, train_in: Train) -> None:
+    values["stages"]["align"] = {**values["stages"]["finetune"], "lr": {"connector": 1e-3}}  # nothing to move by text
+    for stage in values["stages"].values():
+        stage |= {"batch_size": 1, "steps": 16}
+    train_in(values, tmp_path)
+    assert len(metrics(tmp_path)) == 32
+    assert 0.0 in [line["grad_norm"] for line in metrics(tmp_path)[:16]]
+
+
+def test_bfloat16_keeps_trained_weights_in_float32(values: dict[str, Any], tmp_path: Path, train_in: Train) -> None:
+    weights, _ = train_in({**values, "dtype": "bfloat16"}, tmp_path)
+    for name, value in weights.items():
+        assert value.dtype == (torch.bfloat16 if name.startswith("vision") else torch.float32), name
+    exact, _ = train_in(values, tmp_path / "float32")
+    for found, expected in zip(metrics(tmp_path), metrics(tmp_path / "float32"), strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=0.05)
+    assert exact
+
+
+def test_recomputed_activations_give_the_same_run(values: dict[str, Any], tmp_path: Path, train_in: Train) -> None:
+    expected, _ = train_in(values, tmp_path / "plain")
+    for stage in values["stages"].values():
+        stage["gradient_checkpointing"] = True
+    found, _ = train_in(values, tmp_path / "recomputed")
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_names_its_records(values: dict[str, Any]) -> None:
+    run = build.resolve(parse(RunConfig, values))
+    model, processor = new_model(run)
+    stage = run.stages["align"]
+    data = SampleSet(model, processor, stage.data)
+    optimizer = prepare(model, stage)
+    with torch.no_grad():
+        model.get_parameter("language.lm_head.weight").fill_(torch.nan)
+    before = {name: value.clone() for name, value in model.connector.state_dict().items()}
+    with pytest.raises(ValueError, match=r"loss nan .*records: captions.json\[3\] .*captions.json\[5\]"):
+        loop.take_step(model, optimizer, data, [3, 5], stage, "float32")
+    assert same(model.connector.state_dict(), before) == []
+
+
+@pytest.mark.parametrize(
+    ("schedule", "reference"),
+    [("cosine", get_cosine_schedule_with_warmup), ("linear", get_linear_schedule_with_warmup)],
+)
+def test_schedules_are_those_of_transformers(schedule: Any, reference: Any) -> None:
+    """After the warm-up; in it, the first step already moves instead of taking a rate of 0."""
+    stage = StageConfig(data=None, lr={"connector": 1.0}, schedule=schedule, warmup_ratio=0.1)  # pyright: ignore
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = reference(optimizer, num_warmup_steps=5, num_training_steps=50)
+    for step in range(50):
+        expected = scheduler.get_last_lr()[0] if step >= 5 else (step + 1) / 5
+        assert rate(stage, step, 50) == pytest.approx(expected, abs=1e-9), step
+        optimizer.step()
+        scheduler.step()
+
+
+def test_each_part_has_its_own_rate(values: dict[str, Any], tmp_path: Path, train_in: Train) -> None:
+    values["stages"]["finetune"]["lr"] = {"connector": 1e-3, "language": 1e-4, "vision": 1e-5}
+    before = new_model(build.resolve(parse(RunConfig, values)))[0].state_dict()
+    after, _ = train_in(values, tmp_path)
+    for line in metrics(tmp_path)[4:]:
+        assert line["lr"]["connector"] == pytest.approx(10 * line["lr"]["language"])
+        assert line["lr"]["language"] == pytest.approx(10 * line["lr"]["vision"])
+    assert {name.split(".")[0] for name in same(after, before)} == {"connector", "language", "vision"}
