@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from vlmzoo import build
 from vlmzoo.config import RunConfig, StageConfig, parse
 from vlmzoo.model import VisionLanguageModel
 from vlmzoo.samples import SampleSet
-from vlmzoo.sweeps.trial import new_model
+from vlmzoo.sweeps.trial import new_model, run_trial
 from vlmzoo.training import run as loop
 from vlmzoo.training.stages import prepare, rate
 
@@ -277,3 +278,20 @@ def test_each_part_has_its_own_rate(values: dict[str, Any], tmp_path: Path, trai
         assert line["lr"]["connector"] == pytest.approx(10 * line["lr"]["language"])
         assert line["lr"]["language"] == pytest.approx(10 * line["lr"]["vision"])
     assert {name.split(".")[0] for name in same(after, before)} == {"connector", "language", "vision"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": {}}, "stages.finetune: a stage needs a learning rate for at least one of vision, connector, language"),
+        ({"epochs": 1}, "stages.finetune: a stage needs either steps or epochs, got steps=4 and epochs=1.0"),
+        ({"steps": None}, "stages.finetune: a stage needs either steps or epochs, got steps=None and epochs=None"),
+    ],
+)
+def test_a_stage_that_cannot_be_trained_is_refused_before_the_first_one(
+    changes: dict[str, Any], message: str, values: dict[str, Any], tmp_path: Path
+) -> None:
+    values["stages"]["finetune"] |= changes
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run_trial(parse(RunConfig, values), tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()

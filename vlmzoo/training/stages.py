@@ -17,14 +17,14 @@ def num_steps(stage: StageConfig, num_records: int) -> int:
     """The stage's steps; 0 skips it.
 
     Raises:
-        ValueError: neither steps nor epochs are given, or both, or one is negative.
+        ValueError: neither steps nor epochs are given, or both, or no part has a learning rate.
     """
     if (stage.steps is None) == (stage.epochs is None):
         raise ValueError(f"a stage needs either steps or epochs, got steps={stage.steps} and epochs={stage.epochs}")
     epochs = math.ceil((stage.epochs or 0) * num_records / stage.batch_size)
     steps = epochs if stage.steps is None else stage.steps
-    if steps < 0:
-        raise ValueError(f"a stage takes 0 steps or more, got {steps}")
+    if steps and not stage.lr:
+        raise ValueError(f"a stage needs a learning rate for at least one of {', '.join(PARTS)}; steps: 0 skips it")
     return steps
 
 
@@ -35,7 +35,7 @@ def prepare(model: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
     mode, without gradients or optimizer state.
 
     Raises:
-        ValueError: no part has a learning rate, or a part that has one has no parameters.
+        ValueError: a part that has a learning rate has no parameters.
     """
     model.eval().requires_grad_(False)
     groups: list[dict[str, Any]] = []
@@ -46,8 +46,6 @@ def prepare(model: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
         if not (parameters := list(module.parameters())):
             raise ValueError(f"stage trains {part!r}, which has no parameters")
         groups.append({"params": parameters, "lr": stage.lr[part], "peak": stage.lr[part], "part": part})
-    if not groups:
-        raise ValueError(f"a stage needs a learning rate for at least one of {', '.join(PARTS)}; steps: 0 skips it")
     return torch.optim.AdamW(groups, betas=stage.betas, weight_decay=stage.weight_decay)
 
 
