@@ -40,10 +40,12 @@ def write_json(path: Path, document: Any) -> None:
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, renamed to `path` once it is whole, with a manifest of its files' hashes.
 
+    One process at a time: hold a lock.
+
     Raises:
         OSError: it could not be written (a full disk, no right to); nothing stands at `path` then.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}")  # one name, so that what a killed process left is removed
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)

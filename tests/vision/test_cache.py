@@ -101,12 +101,13 @@ def test_nothing_is_computed_twice(images: list[Path], tmp_path: Path, monkeypat
     "change",
     [
         lambda images, folder: opened(images, folder, encoder(seed=1)),
+        lambda images, folder: opened(images, folder, encoder({**CLIP, "hidden_act": "relu"})),
         lambda images, folder: opened(images, folder, encoder(layer=-1)),
         lambda images, folder: opened(images, folder, encoder(SIGLIP)),
         lambda images, folder: opened(images[1:-1], folder),
         lambda images, folder: FeatureCache(encoder(), images, to_pixels, {"mode": "square"}, FeatureRequest(), folder),
     ],
-    ids=["weights", "layer", "tower", "images", "preprocessing"],
+    ids=["weights", "configuration", "layer", "tower", "images", "preprocessing"],
 )
 def test_whatever_decides_the_features_names_them(
     change: Callable[[list[Path], Path], FeatureCache], images: list[Path], tmp_path: Path

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-WIDTH = 100
+WIDTH = 110
 SHORTEST_HEADER = 4
 
 
 def render(summary: dict[str, Any]) -> str:
-    """The rows of a summary, aligned, best first; long capability names are cut so that it fits 100 columns."""
+    """The rows of a summary, aligned, best first; long capability names are cut so that it fits 110 columns."""
     rows = summary["rows"]
     if not rows:
         return "no trial has finished yet"

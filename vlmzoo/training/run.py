@@ -74,7 +74,8 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * rate(stage, step, total)
                 with seeded(run.seed.dropout, index, step):
-                    figures = take_step(model, optimizer, data, next(order), stage, run.dtype)
+                    where = f"stage {name}, step {step}: "
+                    figures = take_step(model, optimizer, data, next(order), stage, run.dtype, where)
                 position = Progress(index, step + 1, before + step + 1)
                 log.write(
                     {
@@ -107,8 +108,12 @@ def take_step(
     indices: Sequence[int],
     stage: StageConfig,
     dtype: str,
+    where: str = "",
 ) -> dict[str, Any]:
     """One update from these records: the loss summed over all their targets, divided once by how many there are.
+
+    Args:
+        where: begins the message of what is raised.
 
     Raises:
         ValueError: the loss or its gradient is not finite; nothing has been updated, and the message names the records.
@@ -128,7 +133,7 @@ def take_step(
     norm = nn.utils.clip_grad_norm_(parameters, stage.clip if stage.clip is not None else float("inf"))
     if not (torch.isfinite(norm) and torch.isfinite(torch.tensor(loss))):
         names = ", ".join(sample.record.where for sample in samples)
-        raise ValueError(f"loss {loss} with gradient norm {norm.item()}: expected finite ones; records: {names}")
+        raise ValueError(f"{where}loss {loss} with gradient norm {norm.item()}: expected finite ones; records: {names}")
     optimizer.step()
     return {"loss": loss, "grad_norm": norm.item(), "tokens": num_targets, "samples": len(samples)}
 

@@ -21,6 +21,7 @@ from vlmzoo.vision.encoder import VisionEncoder
 
 SHARD = 1024  # images a file: what is held in memory while computing
 FORMAT = 1
+NOT_VALUES = ("_name_or_path", "transformers_version")  # of a configuration: where it came from
 
 Pixels = Callable[[Path], Tensor]
 
@@ -57,6 +58,7 @@ class FeatureCache:
         shared = {
             "format": FORMAT,
             "weights": fingerprint(encoder),
+            "config": {key: value for key, value in encoder.model.config.to_dict().items() if key not in NOT_VALUES},
             "chunk_size": encoder.chunk_size,
             "preprocessing": preprocessing,
             "images": contents,
