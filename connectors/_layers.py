@@ -15,7 +15,7 @@ from vlmzoo.kernels.attention import latent_attention
 from vlmzoo.registry import unknown
 
 KeysValues = tuple[Tensor, Tensor]
-"""Both (batch, heads, length, head_dim)."""
+"""Both (batch, length, heads, head_dim)."""
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -100,10 +100,10 @@ class MultiHeadAttention(nn.Module):
         k2, v2 = latents or (None, None)
         q = self.query_norm(self._heads(self.query(hidden))).type_as(v)  # autocast leaves norms in float32
         out = latent_attention(q, k, v, k2=k2, v2=v2, mask=mask)
-        return self.out(rearrange(out, "batch heads length dim -> batch length (heads dim)"))
+        return self.out(rearrange(out, "batch length heads dim -> batch length (heads dim)"))
 
     def _heads(self, x: Tensor) -> Tensor:
-        return rearrange(x, "batch length (heads dim) -> batch heads length dim", heads=self.num_heads)
+        return rearrange(x, "batch length (heads dim) -> batch length heads dim", heads=self.num_heads)
 
 
 def image_memory(visual: VisualInput, *, cls: bool = False) -> tuple[Tensor, Tensor]:

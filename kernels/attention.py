@@ -52,14 +52,15 @@ def latent_attention(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(q kᵀ · scale) v, (batch, heads, queries, dim); with `return_lse` also the log-sum-exp of the scores.
+    """softmax(q kᵀ · scale) v, (batch, queries, heads, dim).
 
-    A query without any key gives 0 (log-sum-exp: -inf), and no gradient.
+    With `return_lse` also the log-sum-exp of the scores, (batch, heads, queries). A query without any key gives 0
+    (log-sum-exp: -inf), and no gradient.
 
     Args:
-        q: (batch, heads, queries, dim)
-        k, v: (batch, heads, keys, dim); with `cu_seqlens_k` packed: (total keys, heads, dim)
-        k2, v2: (batch, heads, keys2, dim), a second segment of keys behind the first (a resampler's own latents)
+        q: (batch, queries, heads, dim)
+        k, v: (batch, keys, heads, dim); with `cu_seqlens_k` packed: (total keys, heads, dim)
+        k2, v2: (batch, keys2, heads, dim), a second segment of keys behind the first (a resampler's own latents)
         kv_lens: (batch,), how many keys of the first segment are real; the rest is never read
         cu_seqlens_k: (batch + 1,), where each sample's keys begin and end in the packed k and v
         max_seqlen_k: the longest of these segments; None: looked up, which waits for the device
@@ -75,16 +76,19 @@ def latent_attention(
     if cu_seqlens_k is not None:
         k, v, kv_lens = _unpack(k, v, cu_seqlens_k, max_seqlen_k)
     if kv_lens is not None:
-        real = torch.arange(k.shape[2], device=k.device) < kv_lens[:, None]
-        k, v = (tensor.masked_fill(~real[:, None, :, None], 0) for tensor in (k, v))  # 0 * NaN would be NaN
-        real = F.pad(real, (0, 0 if k2 is None else k2.shape[2]), value=True)[:, None, None]
+        real = torch.arange(k.shape[1], device=k.device) < kv_lens[:, None]
+        k, v = (tensor.masked_fill(~real[:, :, None, None], 0) for tensor in (k, v))  # 0 * NaN would be NaN
+        real = F.pad(real, (0, 0 if k2 is None else k2.shape[1]), value=True)[:, None, None]
         mask = real if mask is None else real & mask
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if k2 is not None and v2 is not None:
+        k2, v2 = k2.transpose(1, 2), v2.transpose(1, 2)
     if name == "sdpa":
-        return _sdpa(q, k, v, k2, v2, mask, scale)
+        return _sdpa(q, k, v, k2, v2, mask, scale).transpose(1, 2)
     out, lse = _eager(q, k, v, k2, v2, mask, scale)
-    return (out, lse) if return_lse else out
+    return (out.transpose(1, 2), lse) if return_lse else out.transpose(1, 2)
 
 
 def explain_backend(q: Tensor, *, return_lse: bool = False, backend: str = "auto") -> str:
@@ -114,14 +118,14 @@ def _check(
     cu_seqlens_k: Tensor | None,
     mask: Tensor | None,
 ) -> None:
-    _fits("q", q, ("batch", "heads", "queries", "dim"))
-    batch, heads, num_queries, dim = q.shape
-    _fits("k", k, (batch, heads, "keys", dim) if cu_seqlens_k is None else ("total keys", heads, dim))
+    _fits("q", q, ("batch", "queries", "heads", "dim"))
+    batch, num_queries, heads, dim = q.shape
+    _fits("k", k, (batch, "keys", heads, dim) if cu_seqlens_k is None else ("total keys", heads, dim))
     _fits("v", v, (*k.shape[:-1], "dim"))
     if (k2 is None) != (v2 is None):
         raise ValueError("k2 and v2 go together: one of them is missing")
     if k2 is not None and v2 is not None:
-        _fits("k2", k2, (batch, heads, "keys", dim))
+        _fits("k2", k2, (batch, "keys", heads, dim))
         _fits("v2", v2, (*k2.shape[:-1], v.shape[-1]))
     if cu_seqlens_k is not None:
         _fits("cu_seqlens_k", cu_seqlens_k, (batch + 1,))
@@ -133,7 +137,7 @@ def _check(
         if tensor is not None and tensor.dtype != q.dtype:
             raise ValueError(f"{name} must be {q.dtype} as q is, got {tensor.dtype}")
     if mask is not None:
-        full = (batch, heads, num_queries, k.shape[2] + (0 if k2 is None else k2.shape[2]))
+        full = (batch, heads, num_queries, k.shape[1] + (0 if k2 is None else k2.shape[1]))
         sizes = (1,) * (4 - mask.ndim) + tuple(mask.shape)
         if mask.dtype != torch.bool or len(sizes) > 4 or any(a not in (1, b) for a, b in zip(sizes, full, strict=True)):
             raise ValueError(f"mask must be bool and broadcast to {full}, got {mask.dtype} {tuple(mask.shape)}")
@@ -153,12 +157,13 @@ def _unpack(k: Tensor, v: Tensor, cu_seqlens_k: Tensor, max_seqlen_k: int | None
     longest = int(lengths.max()) if max_seqlen_k is None else min(max_seqlen_k, len(k))
     offset = torch.arange(longest, device=k.device)
     index = torch.where(offset < lengths[:, None], cu_seqlens_k[:-1, None] + offset, 0)
-    return k[index].transpose(1, 2), v[index].transpose(1, 2), lengths
+    return k[index], v[index], lengths
 
 
 def _eager(
     q: Tensor, k: Tensor, v: Tensor, k2: Tensor | None, v2: Tensor | None, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
+    """Heads first, as every backend's."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     q = q.to(dtype)
     scores = q @ k.to(dtype).mT * scale

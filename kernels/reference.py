@@ -20,30 +20,31 @@ def attention(
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output (batch, heads, queries, dim) and log-sum-exp (batch, heads, queries) of `latent_attention`.
+    """Output (batch, queries, heads, dim) and log-sum-exp (batch, heads, queries) of `latent_attention`.
 
     Keys that a sample does not have are left out by their index, one sample at a time.
     """
-    batch, heads, num_queries, dim = q.shape
+    batch, num_queries, heads, dim = q.shape
     if scale is None:
         scale = 1 / math.sqrt(dim)
     outputs, lses = [], []
     for row in range(batch):
         if cu_seqlens_k is not None:
             segment = slice(int(cu_seqlens_k[row]), int(cu_seqlens_k[row + 1]))
-            keys, values = k[segment].transpose(0, 1), v[segment].transpose(0, 1)
+            keys, values = k[segment], v[segment]
         else:
             keys, values = k[row], v[row]
-        columns = list(range(keys.shape[1] if kv_lens is None else int(kv_lens[row])))
+        columns = list(range(len(keys) if kv_lens is None else int(kv_lens[row])))
         if k2 is not None and v2 is not None:
-            columns += range(keys.shape[1], keys.shape[1] + k2.shape[2])
-            keys, values = torch.cat([keys, k2[row]], 1), torch.cat([values, v2[row]], 1)
-        scores = torch.einsum("hqd,hkd->hqk", q[row], keys[:, columns]) * scale
+            columns += range(len(keys), len(keys) + k2.shape[1])
+            keys, values = torch.cat([keys, k2[row]]), torch.cat([values, v2[row]])
+        scores = torch.einsum("qhd,khd->hqk", q[row], keys[columns]) * scale
         keep = torch.ones_like(scores, dtype=torch.bool)
         if mask is not None:
-            keep = mask.expand(batch, heads, num_queries, keys.shape[1])[row][..., columns]
+            keep = mask.expand(batch, heads, num_queries, len(keys))[row][..., columns]
         powers = scores.exp() * keep  # no maximum taken off: in float64 scores up to 700 do not overflow
         total = powers.sum(-1, keepdim=True)
-        outputs.append(torch.einsum("hqk,hkd->hqd", powers / total.masked_fill(total == 0, 1), values[:, columns]))
+        weights = powers / total.masked_fill(total == 0, 1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights, values[columns]))
         lses.append(total[..., 0].log())
     return torch.stack(outputs), torch.stack(lses)

@@ -66,7 +66,7 @@ def no_latents_among_keys(ours: Any) -> None:
     for layer in ours.resampler.layers:
         honest = layer.attention.forward
         layer.attention.forward = lambda q, media, latents, mask, honest=honest: honest(
-            q, media, None, mask[..., : media[0].shape[2]]
+            q, media, None, mask[..., : media[0].shape[1]]
         )
 
 
