@@ -8,11 +8,12 @@ from typing import Any, Literal
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AddedToken, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from tests.checkpoints import CHAT, COLORS, run_values, write_models
-from vlmzoo.config import RunConfig, parse
+from vlmzoo.config import RunConfig, Template, parse
 from vlmzoo.connector import ImageLayout
+from vlmzoo.data.samples import SampleBuilder
 from vlmzoo.model import VisionLanguageModel
 from vlmzoo.processor import VisionLanguageProcessor
 
@@ -154,6 +155,25 @@ def test_connectors_that_read_the_instruction_get_one_an_image(models: Path) -> 
         assert torch.isfinite(model(**inputs).logits).all()
     with pytest.raises(ValueError, match="one instruction an image: 1 for 2"):
         processor([RED, GREEN], "<image><image> What", instruction="What")
+
+
+@pytest.mark.parametrize("how", ["a word", "added", "special"])
+def test_an_image_token_that_is_there_keeps_its_id(how: str, tmp_path: Path) -> None:
+    models = write_models(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(models / "llama")
+    if how == "a word":
+        file = models / "llama" / "tokenizer.json"
+        file.write_text(file.read_text().replace('"picture"', '"<image>"'))
+        expected = theirs.convert_tokens_to_ids("picture")
+    else:
+        expected = len(theirs)
+        theirs.add_tokens([AddedToken("<image>", special=how == "special")])
+        theirs.save_pretrained(models / "llama")
+    model, processor = make(models)
+    assert model.config.image_token_id == expected
+    found = processor(RED, "What color is<image>?")["input_ids"]
+    assert (found == expected).sum() == SLOTS
+    SampleBuilder(processor.tokenizer, expected, model.num_tokens, (3, 3), Template.plain, 64)
 
 
 @pytest.mark.parametrize("connector", CONNECTORS)

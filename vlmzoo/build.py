@@ -204,7 +204,7 @@ def tokenizer(config: LLMConfig, vocab_size: int | None = None) -> PreTrainedTok
     """
     found = _read(AutoTokenizer.from_pretrained, _source(config.tokenizer or config.name, "llm.tokenizer"), "tokenizer")
     name = f"tokenizer {config.tokenizer or config.name}"
-    if IMAGE_TOKEN not in found.get_vocab():
+    if IMAGE_TOKEN not in found.all_special_tokens:  # where it is a word already, it keeps its id
         found.add_special_tokens({"extra_special_tokens": [*found.extra_special_tokens, IMAGE_TOKEN]})
     if found.pad_token is None:
         found.pad_token = found.unk_token or found.eos_token
@@ -277,7 +277,8 @@ def _read(reader: Any, source: str, what: str, **kwargs: Any) -> Any:
     try:
         return reader(source, **kwargs)
     except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
-        raise ValueError(f"{what} {source}: cannot be loaded ({_reason(error)})") from error
+        fault = "cannot be loaded" if Path(source).is_dir() else "no directory here, and the hub gave nothing"
+        raise ValueError(f"{what} {source}: {fault} ({_reason(error)})") from error
 
 
 def _reason(error: BaseException) -> str:
