@@ -7,10 +7,9 @@ from functools import partial
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, GPT2Config
 
-from tests.tiny import MemoryConnector, left_pad, model, pixels
-from vlmzoo.language.layers import attach, decoder_layers
+from tests.tiny import HybridConnector, MemoryConnector, left_pad, model, pixels
+from vlmzoo.language.layers import decoder_layers
 from vlmzoo.model import VisionLanguageModel
 
 
@@ -145,19 +144,49 @@ def test_layers_run_where_they_are_asked_to():
 
 
 def test_a_decoder_that_drops_the_call_is_refused():
-    """GPT-2's layers get no keyword arguments from the model: silence would train nothing."""
-    config = GPT2Config(n_embd=48, n_layer=3, n_head=4, vocab_size=60, n_positions=32)
-    language = AutoModelForCausalLM.from_config(config)
-    attach(language)
-    tiny = model(MemoryConnector)
-    vlm = VisionLanguageModel.from_parts(tiny.vision.model, tiny.connector, language).eval()
-    try:
+    """Silence would train nothing."""
+    vlm = model(MemoryConnector)
+    decoder = vlm.language.get_decoder()
+    honest = decoder.forward
+    decoder.forward = lambda *args, in_llm=None, **kwargs: honest(*args, **kwargs)
+    with pytest.raises(
+        ValueError, match=r"LlamaForCausalLM has no place for in-LLM layers before .* \[1, 3\]: it has 3"
+    ):
         vlm(torch.tensor([[1, vlm.config.image_token_id, 5]]), pixel_values=pixels(1))
-    except (ValueError, TypeError) as error:
-        assert "in-LLM" in str(error) or "in_llm" in str(error)  # noqa: PT017
-    else:
-        order = []
-        for layer in vlm.connector.layers:
-            layer.register_forward_hook(lambda *_: order.append(1))
+
+
+def test_a_layer_beyond_the_last_is_refused():
+    vlm = model(MemoryConnector)
+    vlm.in_llm_layers = {5: list(vlm.connector.layers)}
+    with pytest.raises(ValueError, match=r"before decoder layers \[5\]: it has 3"):
         vlm(torch.tensor([[1, vlm.config.image_token_id, 5]]), pixel_values=pixels(1))
-        assert len(order) == 2
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_additions_reach_the_slots_before_their_layers(use_cache):
+    """As hooks of our own add them, and only where the image stands."""
+    vlm = model(HybridConnector)
+    slots = [vlm.config.image_token_id] * 5
+    prompt = torch.tensor([[1, *slots, 7, 8]])
+    found = vlm.generate(prompt, pixel_values=pixels(1), max_new_tokens=4, use_cache=use_cache)
+    context = vlm.encode_images(prompt, pixels(1))
+    additions, context.additions = context.additions, {}
+    assert set(additions) == {0, 1}
+    without = vlm(found[:, :-1], visual=context).logits
+
+    def add(index):
+        def hook(module, args, kwargs):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden[:, 1:6] += additions[index]
+
+        return hook
+
+    layers = decoder_layers(vlm.language)
+    hooks = [layers[index].register_forward_pre_hook(add(index), with_kwargs=True) for index in additions]
+    with torch.no_grad():
+        expected = vlm(found[:, :-1], visual=context).logits
+    for hook in hooks:
+        hook.remove()
+    assert not torch.allclose(expected, without, atol=1e-2)
+    torch.testing.assert_close(vlm(found[:, :-1], pixel_values=pixels(1)).logits, expected)
+    assert torch.equal(found[:, prompt.shape[1] :], expected[:, prompt.shape[1] - 1 :].argmax(-1))

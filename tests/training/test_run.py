@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import signal
@@ -180,6 +181,19 @@ def test_the_loss_is_summed_over_targets_and_divided_once(values: dict[str, Any]
     figures = loop.take_step(model, optimizer, data, chosen, stage, "float32")
     assert figures["loss"] == pytest.approx(total / count, rel=1e-5)
     assert figures["tokens"] == count
+
+
+@pytest.mark.parametrize("clip", [None, 1e-3])
+def test_the_gradient_is_clipped_over_all_parts(values: dict[str, Any], clip: float | None) -> None:
+    run = build.resolve(parse(RunConfig, values))
+    stage = dataclasses.replace(run.stages["finetune"], clip=clip)
+    model, processor = new_model(run)
+    optimizer = prepare(model, stage)
+    figures = loop.take_step(model, optimizer, SampleSet(model, processor, stage.data), [0, 1], stage, "float32")
+    gradients = [value.grad for value in model.parameters() if value.grad is not None]
+    norm = float(torch.cat([gradient.flatten() for gradient in gradients]).norm())
+    assert figures["grad_norm"] > 0.1  # before it is clipped
+    assert norm == pytest.approx(figures["grad_norm"] if clip is None else clip, rel=1e-3)
 
 
 def test_what_is_frozen_stays_as_it_is(

@@ -59,6 +59,20 @@ def test_features_do_not_depend_on_the_batch(config):
         assert torch.equal(some.values, whole.values[start : start + count])
 
 
+@pytest.mark.parametrize(("chunk_size", "calls"), [(16, [16, 16, 16]), (5, [5] * 8), (None, [37])])
+def test_the_tower_always_sees_as_many_images(chunk_size, calls):
+    """Sizes at which a machine's arithmetic depends on the batch are larger than these; so this is what is held."""
+    part = encoder(CLIP)
+    part.chunk_size = chunk_size
+    seen = []
+    part.model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
+    (found,) = part.encode(pixels(37), FeatureRequest())
+    assert seen == calls
+    assert len(found.values) == 37
+
+
 def test_cls_of_a_tower_without_one_is_refused():
     with pytest.raises(ValueError, match="siglip_vision_model, which has none"):
         encoder(SIGLIP).encode(pixels(1), FeatureRequest(cls=True))

@@ -108,8 +108,7 @@ def check_data(run: RunConfig, model: VisionLanguageModel, processor: VisionLang
 
 def new_model(run: RunConfig) -> tuple[VisionLanguageModel, VisionLanguageProcessor]:
     """A run's untrained model, on the GPU where there is one, and its processor."""
-    dtype = getattr(torch, run.dtype)
-    model = VisionLanguageModel.from_parts(run.encoder, run.connector, run.llm, seed=run.seed.init, dtype=dtype)
+    model = VisionLanguageModel.of_run(run)
     processor = VisionLanguageProcessor.of_run(run, model)
     return to_device(model), processor
 
