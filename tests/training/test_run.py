@@ -183,6 +183,18 @@ def test_the_loss_is_summed_over_targets_and_divided_once(values: dict[str, Any]
     assert figures["tokens"] == count
 
 
+def test_features_are_cached_until_the_encoder_moves(values: dict[str, Any], tmp_path: Path, train_in: Train) -> None:
+    """What one run alone could use is not written to the folder that all share."""
+    values["stages"]["align"]["lr"]["vision"] = 1e-4
+    run = build.resolve(parse(RunConfig, values))
+    assert [loop.moves_vision(run, index) for index in range(2)] == [True, True]
+    values["stages"] = {"first": values["stages"]["finetune"], **values["stages"]}
+    run = build.resolve(parse(RunConfig, values))
+    assert [loop.moves_vision(run, index) for index in range(3)] == [False, True, True]
+    train_in(values, tmp_path / "out", tmp_path / "cache")
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1
+
+
 @pytest.mark.parametrize("clip", [None, 1e-3])
 def test_the_gradient_is_clipped_over_all_parts(values: dict[str, Any], clip: float | None) -> None:
     run = build.resolve(parse(RunConfig, values))
