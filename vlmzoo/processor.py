@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers import AutoProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 
 from vlmzoo import build
-from vlmzoo.config import DataConfig, RunConfig
+from vlmzoo.config import DataConfig, EncoderConfig, RunConfig
 from vlmzoo.connector import Grid, ImageLayout
 from vlmzoo.data.images import to_pixel_values
 from vlmzoo.data.samples import SampleBuilder
@@ -76,7 +76,7 @@ class VisionLanguageProcessor(ProcessorMixin):
         config = VisionLanguageConfig.from_pretrained(path)
         with torch.device("meta"):
             model = VisionLanguageModel(config)
-        image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+        image_processor = build.image_processor(EncoderConfig(name=str(path)))
         return cls(image_processor, AutoTokenizer.from_pretrained(path), Layouts.of(model))
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # pyright: ignore

@@ -42,7 +42,7 @@ def checkpoint_calls(language) -> None:
 
 
 def checkpoint_forwards(vlm) -> None:
-    vlm.gradient_checkpointing_enable()
+    vlm.checkpoint_activations(True)
 
 
 @pytest.mark.parametrize("how", ["forward", "call"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -163,13 +162,11 @@ def save_and_load_are_exact(subject: Subject) -> str:
 
 @contextmanager
 def _checkpointing(model: VisionLanguageModel) -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # newer transformers call it activation checkpointing
-        model.gradient_checkpointing_enable()
-        try:
-            yield
-        finally:
-            model.gradient_checkpointing_disable()
+    model.checkpoint_activations(True)
+    try:
+        yield
+    finally:
+        model.checkpoint_activations(False)
 
 
 @contextmanager
