@@ -101,6 +101,13 @@ def test_overrides(override: str, read: Any, file: Path, run: RunConfig) -> None
     assert not read(run)
 
 
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "twice.yaml"
+    file.write_text("connector: mlp\nstages:\n  align: {steps: 1, lr: {connector: 1}, steps: 2}\n")
+    with pytest.raises(ValueError, match=r"twice.yaml: not valid YAML \(key 'steps' stands twice .* line 3, column 41"):
+        load(RunConfig, file)
+
+
 def test_the_last_override_holds(file: Path) -> None:
     assert load(RunConfig, file, ["dtype=bfloat16", "dtype=float32"]).dtype == "float32"
 

@@ -264,7 +264,7 @@ def load(kind: type[T], path: Path, overrides: Iterable[str] = ()) -> T:
         ValueError: the file cannot be read or parsed, or holds what `parse` refuses; the message names the file.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from None
     except yaml.YAMLError as error:
@@ -275,6 +275,18 @@ def load(kind: type[T], path: Path, overrides: Iterable[str] = ()) -> T:
         return parse(kind, values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which the last would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
 
 
 def _override(values: Any, override: str) -> Any:
