@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlmzoo.conformance import Result
 
 RUNS = Path("runs")
 
@@ -39,7 +42,7 @@ def check(args: argparse.Namespace) -> int:
     with _quiet(args.json):
         build.load_connectors(args.plugin)
         names = build.connectors_of(Path(args.connector)) if args.connector.endswith(".py") else [args.connector]
-        results = {name: conformance.check(name, options) for name in names}
+        results = {name: _shown(name, conformance.check(name, options), quiet=args.json) for name in names}
     passed = all(result.passed for found in results.values() for result in found)
     if args.json:
         checks = [
@@ -51,16 +54,22 @@ def check(args: argparse.Namespace) -> int:
             for name, found in results.items()
         ]
         _print_json({"passed": passed, "connectors": checks})
-        return 0 if passed else 1
-    for name, found in results.items():
-        for result in found:
-            message = f": {result.message}" if result.message else ""
-            print(f"{'ok    ' if result.passed else 'FAILED'}  {name}  {result.name}{message}")
-        failed = sum(not result.passed for result in found)
-        print(
-            f"{name}: {failed} of {len(found)} checks failed" if failed else f"{name}: all {len(found)} checks passed"
-        )
     return 0 if passed else 1
+
+
+def _shown(name: str, results: Iterable[Result], *, quiet: bool) -> list[Result]:
+    """The results, printed as they come."""
+    found = []
+    for result in results:
+        found.append(result)
+        if not quiet:
+            print(f"{'ok' if result.passed else 'FAILED':6}  {name}  {result.name:36}  {result.message}", flush=True)
+    failed = sum(not result.passed for result in found)
+    if not quiet:
+        print(
+            f"{name}: " + (f"{failed} of {len(found)} checks failed" if failed else f"all {len(found)} checks passed")
+        )
+    return found
 
 
 def train(args: argparse.Namespace) -> int:

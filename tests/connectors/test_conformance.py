@@ -22,6 +22,6 @@ VARIANTS = [
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS, ids=lambda value: str(value))
 def test_every_check_passes(name: str, options: Mapping[str, Any]) -> None:
-    results = check(name, options)
+    results = list(check(name, options))
     assert results
     assert {result.name: result.message for result in results if not result.passed} == {}

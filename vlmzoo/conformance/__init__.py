@@ -13,7 +13,7 @@ From pytest, for a connector of your own that is registered as "mine":
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -57,14 +57,14 @@ class Result:
         return asdict(self)
 
 
-def check(name: str, options: Mapping[str, Any] | None = None) -> list[Result]:
-    """The result of every check of a registered connector.
+def check(name: str, options: Mapping[str, Any] | None = None) -> Iterator[Result]:
+    """The result of every check of a registered connector, each as soon as it is there.
 
     Raises:
         ValueError: an unknown name or option.
     """
     subject = Subject(name, options)
-    return [run(each, subject) for each in CHECKS]
+    return (run(each, subject) for each in CHECKS)
 
 
 def run(name: str, subject: Subject) -> Result:
