@@ -141,7 +141,7 @@ def sweep(args: argparse.Namespace) -> int:
     else:
         print(f"\n{render(outcome.summary)}\n\n{out / 'report.html'}")
     for trial, failure in outcome.failed:
-        print(f"FAILED  {trial.title}: {failure}", file=sys.stderr)
+        print(f"FAILED  {trial.title}: {failure.message}", file=sys.stderr)
     return 1 if outcome.failed else 0
 
 

@@ -30,6 +30,8 @@ if name == "broken":
     raise ValueError("layer 3 is not a number")
 if name == "killed":
     os.kill(os.getpid(), 9)
+if name.startswith("refuses"):
+    sys.exit(print("vlmzoo: error: " + ("it" if name == "refuses" else name), file=sys.stderr) or 2)
 if name == "silent":
     sys.exit(0)
 if name == "endless":

@@ -29,7 +29,7 @@ def started(out: Path) -> list[str]:
 
 def run(study: SweepConfig, out: Path, command: Command, workers: int = 2) -> dict[str, str | None]:
     ended = execute(plan(study, out), command, workers=workers, watch=watch)
-    return {trial.connector: failure for trial, failure in ended}
+    return {trial.connector: failure and failure.message for trial, failure in ended}
 
 
 def test_failures_are_told_and_the_others_go_on(tmp_path: Path, player: Command) -> None:
@@ -60,6 +60,30 @@ def test_a_sweep_run_again_redoes_nothing_but_what_failed(
     sweep(study, tmp_path, player, workers=2)
     counts = [started(tmp_path).count(trial.hash) for trial in plan(study, tmp_path)]
     assert counts == [1, 2, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("connectors", "num_started"),
+    [
+        (["refuses", "refuses as well", "mlp", "linear"], 2),  # two connectors: what they share is at fault
+        (["refuses"], 4),
+    ],
+)
+def test_what_all_refuse_alike_is_the_studys_fault(
+    connectors: list[str], num_started: int, tmp_path: Path, player: Command
+) -> None:
+    script = tmp_path / "player.py"
+    script.write_text(script.read_text().replace('"it" if name == "refuses" else name', '"data.json[3]: no answer"'))
+    with pytest.raises(ValueError, match=r"^data.json\[3\]: no answer$"):
+        sweep(make_study(connectors, [0, 1, 2, 3]), tmp_path, player, workers=1)
+    assert len(started(tmp_path)) == num_started
+
+
+@pytest.mark.parametrize("others", [["refuses this", "refuses that"], ["refuses", "mlp"], ["broken", "killed"]])
+def test_what_only_some_refuse_stops_nobody(others: list[str], tmp_path: Path, player: Command) -> None:
+    outcome = sweep(make_study([*others, "linear"], [0, 1]), tmp_path, player, workers=1)
+    assert len(started(tmp_path)) == 6
+    assert len(outcome.summary["rows"]) == (2 if "mlp" in others else 1)
 
 
 def test_a_connector_more_runs_only_its_own_trials(tmp_path: Path, player: Command) -> None:

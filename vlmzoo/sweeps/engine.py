@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,15 @@ Command = Callable[[Trial], list[str]]
 POLL_SECONDS = 0.2
 MOST_WORKERS = 3  # each holds its own torch and models, about 1 GB: 3 keep the default study under 4 GB
 PR_SET_PDEATHSIG = 1
+ERROR = "vlmzoo: error: "
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a trial has no result."""
+
+    message: str
+    refused: bool = False  # what it was given, before or while it trained, in the one line that commands end with
 
 
 def train_command(cache_dir: Path, plugins: Sequence[Path] = ()) -> Command:
@@ -42,7 +52,7 @@ def default_workers(num_trials: int) -> int:
 
 def execute(
     trials: Sequence[Trial], command: Command, *, workers: int, watch: Callable[[Sequence[Trial]], None]
-) -> Generator[tuple[Trial, str | None], None, None]:
+) -> Generator[tuple[Trial, Failure | None], None, None]:
     """Yields each trial as soon as it ends, with None or with what went wrong.
 
     `watch` is called with the running trials every POLL_SECONDS. Leaving the loop early ends what still runs.
@@ -110,13 +120,15 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def _failure(trial: Trial, code: int) -> str | None:
+def _failure(trial: Trial, code: int) -> Failure | None:
     if code == 0:
-        return None if trial.result() is not None else "ended without a result"
+        return None if trial.result() is not None else Failure("ended without a result")
     if code < 0:
         with suppress(ValueError):
-            return f"killed by {signal.Signals(-code).name}"
-        return f"killed by signal {-code}"
+            return Failure(f"killed by {signal.Signals(-code).name}")
+        return Failure(f"killed by signal {-code}")
     log = (trial.folder / "log.txt").read_text(encoding="utf-8", errors="replace")
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    return lines[-1].removeprefix("vlmzoo: error: ") if lines else f"ended with code {code} and said nothing"
+    if not lines:
+        return Failure(f"ended with code {code} and said nothing")
+    return Failure(lines[-1].removeprefix(ERROR), refused=code == 2 and lines[-1].startswith(ERROR))

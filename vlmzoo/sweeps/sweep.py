@@ -14,7 +14,7 @@ from tqdm import tqdm
 from vlmzoo.config import SweepConfig, dump, load
 from vlmzoo.files import locked, write_whole
 from vlmzoo.sweeps import report, summary
-from vlmzoo.sweeps.engine import Command, default_workers, execute
+from vlmzoo.sweeps.engine import Command, Failure, default_workers, execute
 from vlmzoo.sweeps.metrics import fraction
 from vlmzoo.sweeps.plan import Trial, plan
 from vlmzoo.sweeps.table import align, duration
@@ -25,7 +25,7 @@ BAR = "{percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} left{postfix}"
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     summary: summary.Summary
-    failed: list[tuple[Trial, str]]
+    failed: list[tuple[Trial, Failure]]
 
 
 def sweep(study: SweepConfig, out: Path, command: Command, *, workers: int | None = None) -> Outcome:
@@ -34,7 +34,7 @@ def sweep(study: SweepConfig, out: Path, command: Command, *, workers: int | Non
     A trial that fails is reported, and the others go on.
 
     Raises:
-        ValueError: another sweep is running in `out`.
+        ValueError: another sweep is running in `out`, or the study gives its trials what all of them refuse.
     """
     trials = plan(study, out)
     with locked(out):
@@ -63,8 +63,8 @@ def write_report(out: Path) -> summary.Summary:
     return found
 
 
-def _run(waiting: Sequence[Trial], num_trials: int, command: Command, workers: int) -> list[tuple[Trial, str]]:
-    failed: list[tuple[Trial, str]] = []
+def _run(waiting: Sequence[Trial], num_trials: int, command: Command, workers: int) -> list[tuple[Trial, Failure]]:
+    failed: list[tuple[Trial, Failure]] = []
     finished = 0
     with tqdm(total=len(waiting), disable=not sys.stderr.isatty() or not waiting, bar_format=BAR, ncols=90) as bar:
 
@@ -77,15 +77,24 @@ def _run(waiting: Sequence[Trial], num_trials: int, command: Command, workers: i
                 finished += 1
                 if failure is not None:
                     failed.append((trial, failure))
+                if len(failed) == finished and (refusal := _refusal(failed, finished == len(waiting))):
+                    raise ValueError(refusal)
                 bar.write(_row(trial, failure, num_trials - len(waiting) + finished, num_trials), file=sys.stdout)
                 sys.stdout.flush()
     return failed
 
 
-def _row(trial: Trial, failure: str | None, number: int, num_trials: int) -> str:
+def _refusal(failed: Sequence[tuple[Trial, Failure]], all_of_them: bool) -> str | None:
+    """What trials of several connectors, or all there are, refused in the same words: the study is at fault then."""
+    messages = {failure.message if failure.refused else None for _, failure in failed}
+    several = len({trial.connector for trial, _ in failed}) > 1
+    return messages.pop() if len(messages) == 1 and (several or all_of_them) else None
+
+
+def _row(trial: Trial, failure: Failure | None, number: int, num_trials: int) -> str:
     head = f"[{number}/{num_trials}] {trial.title}: "
     if failure is not None:
-        return f"{head}FAILED: {failure} (log: {trial.folder / 'log.txt'})"
+        return f"{head}FAILED: {failure.message} (log: {trial.folder / 'log.txt'})"
     result: dict[str, Any] = trial.result() or {}
     scores = [f"{task} {100 * found['accuracy']:.1f} %" for task, found in result.get("evaluation", {}).items()]
     return head + ", ".join([*scores, duration(result.get("seconds"))])
