@@ -108,6 +108,25 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
         load(RunConfig, file)
 
 
+def test_a_merged_key_may_be_given_again(tmp_path: Path) -> None:
+    """YAML's merge (`<<`) is for that, however deep the mapping stands that the merged one is taken from."""
+    file = tmp_path / "merged.yaml"
+    options = "options: {base: &base {depth: 2}, deep: {x: &x {<<: *base, depth: 1}}, again: {<<: *x, depth: 3}}"
+    file.write_text(f"{{name: mlp, {options}}}\n")
+    assert load(ConnectorConfig, file).options == {
+        "base": {"depth": 2},
+        "deep": {"x": {"depth": 1}},
+        "again": {"depth": 3},
+    }
+
+
+def test_a_key_that_is_no_name_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text("connector: mlp\n? [stages, align]\n: 3\n")
+    with pytest.raises(ValueError, match=r"keys.yaml: not valid YAML .*unhashable key"):
+        load(RunConfig, file)
+
+
 def test_the_last_override_holds(file: Path) -> None:
     assert load(RunConfig, file, ["dtype=bfloat16", "dtype=float32"]).dtype == "float32"
 
@@ -118,6 +137,7 @@ def test_the_last_override_holds(file: Path) -> None:
         ("steps", "override 'steps': expected KEY=VALUE"),
         ("=3", "override '=3': expected KEY=VALUE"),
         ("dtype={", "override 'dtype={': not valid YAML"),
+        ("seed={init: 3, init: 4}", "override 'seed={init: 3, init: 4}': not valid YAML (key 'init' stands twice"),
         ("stages.align.steps.x.y=3", "'stages.align.steps' is no mapping"),
         ("stage.align.steps=3", "unknown key 'stage': 'stage'; did you mean 'stages'?"),
         ("stages.alig.steps=3", "key 'stages.alig.data' is missing; StageConfig needs it"),

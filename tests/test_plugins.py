@@ -205,6 +205,8 @@ def test_the_same_file_twice_is_loaded_once(plugin: Path) -> None:
         ("x = 1", "registers no connector; decorate a class with @register(NAME)"),
         (PLUGIN.replace("strided", "mlp"), "connector 'mlp' is registered twice: by vlmzoo.connectors.mlp."),
         (PLUGIN + "\nraise KeyError('late')", "KeyError: 'late'"),
+        (PLUGIN.replace("num_tokens", "count"), "connector 'strided': Strided does not define num_tokens"),
+        (PLUGIN.replace("(TokenConnector)", "(nn.Module)"), "Strided does not derive from TokenConnector or Connector"),
     ],
 )
 def test_a_file_that_cannot_be_loaded_leaves_nothing_behind(

@@ -277,7 +277,8 @@ def _read(reader: Any, source: str, what: str, **kwargs: Any) -> Any:
     try:
         return reader(source, **kwargs)
     except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
-        fault = "cannot be loaded" if Path(source).is_dir() else "no directory here, and the hub gave nothing"
+        absent = isinstance(error, OSError) and not Path(source).is_dir()
+        fault = "no directory here, and the hub gave nothing" if absent else "cannot be loaded"
         raise ValueError(f"{what} {source}: {fault} ({_reason(error)})") from error
 
 

@@ -264,7 +264,7 @@ def load(kind: type[T], path: Path, overrides: Iterable[str] = ()) -> T:
         ValueError: the file cannot be read or parsed, or holds what `parse` refuses; the message names the file.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from None
     except yaml.YAMLError as error:
@@ -280,13 +280,15 @@ def load(kind: type[T], path: Path, overrides: Iterable[str] = ()) -> T:
 class _Loader(yaml.SafeLoader):
     """Refuses a key that stands twice, of which the last would silently win."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep=deep)
+            if isinstance(key, yaml.ScalarNode):  # other keys are refused as unhashable later
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"key {key.value!r} stands twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return node
 
 
 def _override(values: Any, override: str) -> Any:
@@ -315,7 +317,7 @@ def assignment(text: str, what: str, example: str) -> tuple[str, Any]:
     if not separator or not key:
         raise ValueError(f"{what} {text!r}: expected KEY=VALUE, such as {example}")
     try:
-        return key, yaml.safe_load(value)
+        return key, yaml.load(value, _Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{what} {text!r}: not valid YAML ({' '.join(str(error).split())})") from None
 

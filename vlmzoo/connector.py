@@ -6,6 +6,7 @@ gives layers that attend to it inside the LLM. A hybrid does both, or adds to th
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -17,15 +18,6 @@ from vlmzoo.registry import Registry
 
 Grid = tuple[int, int]
 """(height, width) in patches or tokens."""
-
-connectors = Registry("connector", provided=("vision_dim", "text_dim", "vision", "text"))
-
-C = TypeVar("C", bound="type[Connector] | type[TokenConnector]")
-
-
-def register(name: str) -> Callable[[C], C]:
-    """A class decorator that makes a connector known under this name."""
-    return connectors.register(name)
 
 
 @dataclass(frozen=True)
@@ -152,53 +144,54 @@ class LayerContext:
     cache: dict[nn.Module, tuple[Tensor, Tensor]] | None = None  # None: keep nothing (training)
 
 
-class InLLMLayer(nn.Module):
+class InLLMLayer(nn.Module, ABC):
     """A layer that runs inside an otherwise unmodified decoder."""
 
+    @abstractmethod
     def forward(self, hidden: Tensor, context: LayerContext) -> Tensor:
         """The hidden states (batch, length, text_dim) after this layer."""
-        raise NotImplementedError
 
 
-class Connector(nn.Module):
+class Connector(nn.Module, ABC):
     """What stands between the encoder and the LLM. The general contract; `TokenConnector` is the simple one."""
 
     requires: FeatureRequest = FeatureRequest()
     without_gradient: frozenset[str] = frozenset()
     """Names of parameters that the source leaves without any gradient (a check shows that they get none)."""
 
+    @abstractmethod
     def num_tokens(self, image: ImageLayout) -> int:
         """How many slots (at least one) the image takes in the LLM's input: exact, or an upper bound."""
-        raise NotImplementedError
 
     def output_grid(self, grid: Grid) -> Grid | None:
         """The grid of the tokens of a crop; None: they have none."""
         return None
 
+    @abstractmethod
     def forward(self, visual: VisualInput) -> VisualTokens:
-        raise NotImplementedError
+        """What all images of the batch become."""
 
     def llm_layers(self) -> Mapping[int, Sequence[InLLMLayer]]:
         """Layers to run before decoder layer k, 0 <= k <= number of layers (there: before the final norm)."""
         return {}
 
 
-class TokenConnector(nn.Module):
+class TokenConnector(nn.Module, ABC):
     """A connector that maps the patches of one grid to tokens, and never sees padding, crops or samples."""
 
     requires: FeatureRequest = FeatureRequest()
     without_gradient: frozenset[str] = frozenset()
 
+    @abstractmethod
     def num_tokens(self, grid: Grid) -> int:
         """How many tokens a crop with this grid becomes."""
-        raise NotImplementedError
 
     def output_grid(self, grid: Grid) -> Grid | None:
         return None
 
+    @abstractmethod
     def forward(self, patches: Tensor, grid: Grid) -> Tensor:
         """(crops, patches, vision_dim) -> (crops, tokens, text_dim)."""
-        raise NotImplementedError
 
 
 class TokenConnectorAdapter(Connector):
@@ -231,6 +224,18 @@ class TokenConnectorAdapter(Connector):
             images.append(torch.cat([crops[crop] for crop in range(first, first + layout.num_crops)]))
             first += layout.num_crops
         return pad_tokens(images)
+
+
+connectors = Registry(
+    "connector", bases=(TokenConnector, Connector), provided=("vision_dim", "text_dim", "vision", "text")
+)
+
+C = TypeVar("C", bound="type[Connector] | type[TokenConnector]")
+
+
+def register(name: str) -> Callable[[C], C]:
+    """A class decorator that makes a connector known under this name."""
+    return connectors.register(name)
 
 
 def pad_tokens(images: Sequence[Tensor]) -> VisualTokens:

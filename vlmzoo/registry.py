@@ -21,8 +21,9 @@ def unknown(what: str, name: object, valid: Iterable[str]) -> ValueError:
 class Registry:
     """Names of one kind of part. Keyword-only constructor parameters that `provided` does not name are its options."""
 
-    def __init__(self, kind: str, provided: Collection[str] = ()) -> None:
+    def __init__(self, kind: str, bases: tuple[type, ...] = (object,), provided: Collection[str] = ()) -> None:
         self.kind = kind
+        self.bases = bases
         self.provided = frozenset(provided)
         self._parts: dict[str, type] = {}
 
@@ -30,10 +31,15 @@ class Registry:
         """A class decorator that files the class under exactly this name.
 
         Raises:
-            ValueError: the name is taken.
+            ValueError: the name is taken, or the class has none of the bases or leaves a method of theirs undefined.
         """
 
         def add(part: T) -> T:
+            if not issubclass(part, self.bases):
+                bases = " or ".join(base.__name__ for base in self.bases)
+                raise ValueError(f"{self.kind} {name!r}: {part.__qualname__} does not derive from {bases}")
+            if missing := sorted(getattr(part, "__abstractmethods__", ())):
+                raise ValueError(f"{self.kind} {name!r}: {part.__qualname__} does not define {', '.join(missing)}")
             if name in self._parts:
                 held = self._parts[name]
                 raise ValueError(
