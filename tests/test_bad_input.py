@@ -369,14 +369,6 @@ PARTS: dict[str, tuple[Break, list[str]]] = {
 }
 
 
-def test_a_name_that_is_nowhere(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert train(folder, {**run_values(folder), "encoder": "checkpoints/klip"}) == 2
-    assert "encoder checkpoints/klip: no directory here, and the hub gave nothing" in the_error(capsys)
-
-
 @pytest.mark.parametrize("case", PARTS)
 def test_parts_that_do_not_fit_are_refused_by_name(case: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spoil, expected = PARTS[case]
