@@ -2,10 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help sweep test lint
+.PHONY: help sweep sweep-full test lint
 help:
-	@echo "make sweep   compare five connectors on the embedded world (about 15 minutes on two cores)"
-	@echo "make test    lint, types, tests, and the wheel in an empty environment"
+	@echo "make sweep       compare five connectors on the embedded world (about 20 minutes on two cores)"
+	@echo "make sweep-full  the same with two encoders, two LLMs and five seeds (hours; started again, it continues)"
+	@echo "make test        lint, types, tests, and the wheel in an empty environment"
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("vlmzoo needs Python >= 3.11, this is " + sys.version)'
@@ -19,6 +20,9 @@ help:
 
 sweep: .venv/installed
 	$(BIN)/vlmzoo sweep experiments/connectors.yaml --out runs/connectors
+
+sweep-full: .venv/installed
+	$(BIN)/vlmzoo sweep experiments/connectors-full.yaml --out runs/connectors-full
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -31,7 +31,7 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17's top level wants torchvision
 from transformers.utils import logging
 
-from vlmzoo.config import ConnectorConfig, DataConfig, EncoderConfig, LLMConfig, RunConfig
+from vlmzoo.config import ConnectorConfig, DataConfig, EncoderConfig, LLMConfig, RunConfig, own_rate
 from vlmzoo.connector import Connector, TextSpec, TokenConnector, TokenConnectorAdapter, VisionSpec, connectors
 from vlmzoo.registry import unknown
 
@@ -132,7 +132,7 @@ def resolve(run: RunConfig) -> RunConfig:
             f"connector {run.connector.name!r}: the run expects a plugin of hash {run.connector.plugin[:12]}, {now}"
         )
     chosen = dataclasses.replace(run.connector, options=options, plugin=digest)
-    return dataclasses.replace(run, connector=chosen)
+    return own_rate(dataclasses.replace(run, connector=chosen))
 
 
 def connector_options(config: ConnectorConfig) -> dict[str, Any]:
@@ -187,10 +187,12 @@ def vision(config: EncoderConfig, *, seed: int = 0, dtype: torch.dtype = torch.f
 
 def language(config: LLMConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The causal LM: pretrained by name, or random from a configuration and a seed."""
+    options = {} if config.attention is None else {"attn_implementation": config.attention}
     if config.config is not None:
-        return _random(AutoModelForCausalLM, config.config, "llm", seed, dtype)
+        return _random(AutoModelForCausalLM, config.config, "llm", seed, dtype, **options)
     source = _source(config.name, "llm")
-    return _pretrained(AutoModelForCausalLM, source, _read(AutoConfig.from_pretrained, source, "llm"), "llm", dtype)
+    parts = _read(AutoConfig.from_pretrained, source, "llm")
+    return _pretrained(AutoModelForCausalLM, source, parts, "llm", dtype, **options)
 
 
 def tokenizer(config: LLMConfig, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
@@ -305,7 +307,9 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _random(auto: Any, values: Mapping[str, Any], what: str, seed: int, dtype: torch.dtype) -> PreTrainedModel:
+def _random(
+    auto: Any, values: Mapping[str, Any], what: str, seed: int, dtype: torch.dtype, **options: Any
+) -> PreTrainedModel:
     values = dict(values)
     if "model_type" not in values:
         raise ValueError(
@@ -314,13 +318,15 @@ def _random(auto: Any, values: Mapping[str, Any], what: str, seed: int, dtype: t
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            return auto.from_config(AutoConfig.for_model(**values), dtype=dtype)
+            return auto.from_config(AutoConfig.for_model(**values), dtype=dtype, **options)
         except (KeyError, ValueError, TypeError, StrictDataclassError) as error:
             raise ValueError(f"{what}.config: {_reason(error)}") from error
 
 
-def _pretrained(auto: Any, source: str, config: PreTrainedConfig, what: str, dtype: torch.dtype) -> PreTrainedModel:
-    options = {"use_safetensors": True, "ignore_mismatched_sizes": True}  # we refuse them ourselves, in one line
+def _pretrained(
+    auto: Any, source: str, config: PreTrainedConfig, what: str, dtype: torch.dtype, **options: Any
+) -> PreTrainedModel:
+    options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # we refuse them ourselves, in one line
     with quiet_transformers():
         model, found = _read(
             auto.from_pretrained, source, what, config=config, dtype=dtype, output_loading_info=True, **options

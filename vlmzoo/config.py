@@ -20,6 +20,9 @@ from vlmzoo.registry import unknown
 T = TypeVar("T")
 
 Part = Literal["vision", "connector", "language"]
+Sight = Literal["image", "nothing", "description"]
+Baseline = Literal["blind", "oracle"]
+SIGHT: dict[Baseline, Sight] = {"blind": "nothing", "oracle": "description"}
 
 
 def at_least(least: float, *, below: float = math.inf) -> dict[str, float]:
@@ -47,6 +50,7 @@ class EncoderConfig:
 class ConnectorConfig:
     name: str
     options: dict[str, Any] = field(default_factory=dict)
+    lr: float | None = field(default=None, metadata=at_least(0))  # its own in all stages; None: the stages' `connector`
     plugin: str | None = None  # SHA-256 of the plugin file that registers it; filled in when the run is resolved
 
 
@@ -57,6 +61,7 @@ class LLMConfig:
     name: str | None = None
     config: dict[str, Any] | None = None
     tokenizer: str | None = None  # None: the one beside the model
+    attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None  # None: transformers' choice
 
 
 @dataclass
@@ -94,6 +99,9 @@ class EvaluationConfig:
     data: DataConfig
     batch_size: int = field(default=64, metadata=at_least(1))
     max_new_tokens: int = field(default=16, metadata=at_least(1))
+    shuffled: int = field(
+        default=0, metadata=at_least(0)
+    )  # so many questions are asked again with the next one's image
 
 
 @dataclass
@@ -115,6 +123,7 @@ class RunConfig:
     stages: dict[str, StageConfig]
     evaluation: dict[str, EvaluationConfig] = field(default_factory=dict)
     seed: SeedConfig = field(default_factory=SeedConfig)
+    sees: Sight = "image"  # what the LLM is given in the place of each image: a baseline sees none
     dtype: Literal["float32", "bfloat16"] = "float32"
     checkpoint_every: int = field(default=200, metadata=at_least(1))  # steps
     threads: int | None = field(default=None, metadata=at_least(1))  # CPU threads; None: torch's choice
@@ -129,18 +138,58 @@ class SweepConfig:
     seeds: list[int] = field(metadata=at_least(0, below=2**63))
     encoders: list[EncoderConfig] = field(default_factory=list)  # empty: the run's own
     llms: list[LLMConfig] = field(default_factory=list)
+    lrs: list[float] = field(default_factory=list, metadata=at_least(0))  # of connectors; empty: their own
+    baselines: list[Baseline] = field(default_factory=list)  # trained beside the connectors, once an LLM and seed
 
     def trials(self) -> list[RunConfig]:
         """Every combination as a run, seed by seed, so that an early table already compares all connectors."""
-        return [
-            dataclasses.replace(
-                self.run, encoder=encoder, llm=llm, connector=connector, seed=SeedConfig(seed, seed, seed)
-            )
-            for seed in self.seeds
-            for encoder in self.encoders or [self.run.encoder]
-            for llm in self.llms or [self.run.llm]
-            for connector in self.connectors
-        ]
+        runs = []
+        for seed in self.seeds:
+            seeded = dataclasses.replace(self.run, seed=SeedConfig(seed, seed, seed))
+            llms = self.llms or [self.run.llm]
+            runs += [
+                own_rate(dataclasses.replace(seeded, encoder=encoder, llm=llm, connector=connector))
+                for encoder in self.encoders or [self.run.encoder]
+                for llm in llms
+                for connector in self.candidates()
+            ]
+            blank = dataclasses.replace(seeded, encoder=(self.encoders or [self.run.encoder])[0])
+            runs += [baseline(dataclasses.replace(blank, llm=llm), name) for llm in llms for name in self.baselines]
+        return runs
+
+    def candidates(self) -> list[ConnectorConfig]:
+        """The connectors, each with every learning rate where the study varies them."""
+        if not self.lrs:
+            return self.connectors
+        return [dataclasses.replace(connector, lr=lr) for connector in self.connectors for lr in self.lrs]
+
+
+def own_rate(run: RunConfig) -> RunConfig:
+    """The run with its connector's own learning rate, where it has one, in every stage that trains connectors."""
+    if run.connector.lr is None:
+        return run
+    rate = {"connector": run.connector.lr}
+    stages = {
+        key: dataclasses.replace(stage, lr=stage.lr | (rate if "connector" in stage.lr else {}))
+        for key, stage in run.stages.items()
+    }
+    return dataclasses.replace(run, stages=stages)
+
+
+def baseline(run: RunConfig, name: Baseline) -> RunConfig:
+    """The run of an arm that gets nothing, or a description, instead of images: the same data, steps and seeds.
+
+    Only the LLM is trained, in the stages that train it: no image reaches the connector, which is always a `linear`
+    one, so that a study's connectors don't change its baselines.
+    """
+    stages = {
+        key: dataclasses.replace(stage, lr={"language": stage.lr["language"]})
+        for key, stage in run.stages.items()
+        if "language" in stage.lr
+    }
+    evaluation = {task: dataclasses.replace(config, shuffled=0) for task, config in run.evaluation.items()}
+    linear = ConnectorConfig("linear")
+    return dataclasses.replace(run, connector=linear, stages=stages, evaluation=evaluation, sees=SIGHT[name])
 
 
 def parse(kind: type[T], values: object, where: str = "") -> T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -11,14 +12,27 @@ import torch
 from torch import Tensor
 
 from vlmzoo import build
-from vlmzoo.config import DataConfig
+from vlmzoo.config import DataConfig, Sight
 from vlmzoo.data.collate import collate
 from vlmzoo.data.images import load_image
-from vlmzoo.data.records import read_records
+from vlmzoo.data.records import Record, RecordError, read_records
 from vlmzoo.data.samples import Sample
 from vlmzoo.model import VisionLanguageModel
 from vlmzoo.processor import VisionLanguageProcessor
 from vlmzoo.vision.cache import FeatureCache
+
+
+def seen(record: Record, sees: Sight) -> Record:
+    """The record as an arm sees it: with its images, with nothing in their place, or with its description.
+
+    Raises:
+        RecordError: a description is asked for, and the record has none.
+    """
+    if sees == "image" or not record.images:
+        return record
+    if sees == "description" and record.description is None:
+        raise RecordError(f"{record.where}: has no `description`, which the oracle reads instead of its image")
+    return record.seen_as(record.description if sees == "description" else None)
 
 
 class SampleSet:
@@ -26,6 +40,7 @@ class SampleSet:
 
     Args:
         cache: the folder of feature caches, filled at the first batch; None: images are read as pixels every time.
+        sees: what stands in the place of each image.
     """
 
     def __init__(
@@ -34,8 +49,9 @@ class SampleSet:
         processor: VisionLanguageProcessor,
         data: DataConfig,
         cache: Path | None = None,
+        sees: Sight = "image",
     ) -> None:
-        self.records = read_records(*build.dataset(data), data.limit)
+        self.records = [seen(record, sees) for record in read_records(*build.dataset(data), data.limit)]
         self._model, self._processor, self._data, self._cache_folder = model, processor, data, cache
         self._builder = processor.sample_builder(data)
         self._where = {path: record.where for record in self.records for path in record.images}
@@ -46,6 +62,19 @@ class SampleSet:
     def samples(self, indices: Sequence[int], *, generation: bool = False) -> list[Sample]:
         """Samples of these records; for generation without their last answers."""
         return [self._builder.build(self.records[index], generation=generation) for index in indices]
+
+    def shuffled(self, count: int) -> list[Sample]:
+        """The first `count` records for generation, each with the images of the next one that has as many."""
+        groups: dict[int, list[int]] = {}
+        for index, record in enumerate(self.records[:count]):
+            groups.setdefault(len(record.images), []).append(index)
+        other = {
+            index: group[(place + 1) % len(group)] for group in groups.values() for place, index in enumerate(group)
+        }
+        return [
+            self._builder.build(replace(self.records[index], images=self.records[other[index]].images), generation=True)
+            for index in sorted(other)
+        ]
 
     def batch(self, samples: Sequence[Sample], padding_side: Literal["left", "right"] = "right") -> dict[str, Any]:
         """What the model's `forward` takes, on the model's device."""

@@ -34,6 +34,16 @@ def test_reads_images_texts_and_text_only_records(write: Write, image_folder: Pa
     assert (three.id, three.images, three.capability) == ("2", (), "manners")
 
 
+def test_a_record_can_be_read_without_its_images(write: Write, image_folder: Path) -> None:
+    value = record("<image>\nIs <image> it?", "No.", "Why?", "It.", image=["a.png", "a.png"], description="a cube .")
+    (one,) = read_records(write([value]), image_folder)
+    blind, told = one.seen_as(None), one.seen_as(one.description)
+    assert blind.images == told.images == ()
+    assert [turn.text for turn in blind.turns] == ["Is  it?", "No.", "Why?", "It."]
+    assert [turn.text for turn in told.turns] == ["a cube .\nIs a cube . it?", "No.", "Why?", "It."]
+    assert (told.id, told.where) == (one.id, one.where)
+
+
 def test_limit_reads_only_the_first(write: Write, image_folder: Path) -> None:
     path = write([GOOD, GOOD, "broken"])
     assert len(read_records(path, image_folder, limit=2)) == 2
@@ -61,6 +71,10 @@ FAULTS = {
     "unknown role": (
         {"id": "abc", "conversations": [{"from": "system", "value": "A."}]},
         "turn 0 is from 'system', expected 'human'",
+    ),
+    "description is no text": (
+        record("<image>", "A.", image="a.png", description=["a"]),
+        "`description` must be a text, got a list",
     ),
     "no conversations": ({"id": "abc"}, "`conversations` must be a list of turns, got nothing"),
     "empty conversations": ({"id": "abc", "conversations": []}, "got an empty list"),

@@ -7,6 +7,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from vlmzoo.config import Template
+from vlmzoo.data import templates
 from vlmzoo.data.records import Turn
 from vlmzoo.data.tokens import Tokenised, encode_conversation, stop_token_ids
 
@@ -166,6 +167,43 @@ def test_special_tokens_in_texts_are_refused(role: int, tokenizers: Tokenizers) 
 
 CHATML_START = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
 CHATML_END = "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+
+
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content + '<|im_end|>\n' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_what_a_template_marks_as_generated_is_what_follows_the_prompts(tokenizers: Tokenizers) -> None:
+    plain = _copy(tokenizers["byte-level"], MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
+    marked = _copy(tokenizers["byte-level"], MARKED)
+    for texts in (["<image>\nWhat?", "A cube."], ["What?", "Two\ncats", "And?", "A.", "Who?", " é 字 "]):
+        assert encode_conversation(turns(*texts), Template.chat, marked) == encode_conversation(
+            turns(*texts), Template.chat, plain
+        )
+    assert templates.GENERATION.search(MARKED)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (
+            "{% if loop.last %}{% generation %}{{ m.content }}{% endgeneration %}{% endif %}",
+            "marks 1 answers .* expected 2",
+        ),
+        ("{% generation %}{{ m.content | upper }}{% endgeneration %}", "marks 4 answers .* expected 2"),
+        (
+            "{% if m.role == 'assistant' %}{% generation %}{{ m.content | upper }}{% endgeneration %}{% endif %}",
+            "changes the answer of turn 1: 'A cube.' to 'A CUBE.'",
+        ),
+    ],
+)
+def test_templates_that_mark_what_no_answer_is(body: str, message: str, tokenizers: Tokenizers) -> None:
+    with_template = _copy(tokenizers["byte-level"], CHATML_START + body + CHATML_END)
+    with pytest.raises(ValueError, match=message):
+        encode_conversation(turns("What?", "A cube.", "And?", "A cat."), Template.chat, with_template)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,12 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from vlmzoo import world
 from vlmzoo.config import SweepConfig, dump, parse
 from vlmzoo.files import write_json, write_whole
 from vlmzoo.sweeps.engine import Command
@@ -17,6 +19,8 @@ from vlmzoo.sweeps.plan import Trial, plan
 
 CAPABILITIES = ("existence", "attribute", "counting", "spatial", "reading", "fine_detail", "rare")
 SKILL = {"linear": 0.55, "mlp": 0.66, "qformer": 0.6, "perceiver": 0.63, "gated_cross_attention": 0.7}
+SIGHT_SKILL = {"nothing": 0.3, "description": 0.9}
+"""Of baselines, by what they see."""
 
 PLAYER = """
 import json, os, pathlib, sys, yaml
@@ -53,7 +57,7 @@ def study() -> SweepConfig:
     return make_study(["linear", "mlp"], seeds=[0, 1])
 
 
-def make_study(connectors: list[str], seeds: list[int]) -> SweepConfig:
+def make_study(connectors: list[str], seeds: list[int], **more: Any) -> SweepConfig:
     data = {"path": "world:captions", "template": "plain"}
     rates = {"connector": 1e-3}
     run = {
@@ -66,7 +70,7 @@ def make_study(connectors: list[str], seeds: list[int]) -> SweepConfig:
         },
         "evaluation": {"world": {"data": "world:questions"}},
     }
-    return parse(SweepConfig, {"run": run, "connectors": connectors, "seeds": seeds})
+    return parse(SweepConfig, {"run": run, "connectors": connectors, "seeds": seeds, **more})
 
 
 @pytest.fixture
@@ -86,7 +90,8 @@ def write_sweep(out: Path, study: SweepConfig, num_items: int = 100) -> list[Tri
     write_whole(out / "study.yaml", dump(study))
     trials = plan(study, out)
     for trial in trials:
-        generator = np.random.default_rng([trial.seed, sorted(SKILL).index(trial.run.connector.name)])
+        arm = sorted(SKILL).index(trial.run.connector.name) if trial.run.sees == "image" else len(trial.run.sees)
+        generator = np.random.default_rng([trial.seed, arm])
         _write_predictions(trial, generator, num_items)
         _write_metrics(trial, generator)
         write_json(trial.folder / "result.json", _result(trial))
@@ -97,7 +102,8 @@ def _write_predictions(trial: Trial, generator: np.random.Generator, num_items: 
     luck = generator.normal(0, 0.02)
     lines = []
     for index, capability in enumerate(CAPABILITIES):
-        skill = SKILL[trial.run.connector.name] + luck + 0.25 * math.cos(2 * index)
+        skill = SIGHT_SKILL.get(trial.run.sees, SKILL[trial.run.connector.name]) + luck
+        skill += 0.25 * math.cos(2 * index) if trial.run.sees == "image" else 0
         for item, right in enumerate(generator.random(num_items) < skill):
             prediction = {
                 "id": f"{capability}-{item}",
@@ -130,9 +136,13 @@ def _result(trial: Trial) -> dict[str, object]:
         "encoder": trial.run.encoder.name,
         "llm": trial.run.llm.name,
         "seed": trial.seed,
+        "sees": trial.run.sees,
+        "world": world.VERSION,
         "evaluation": {},
+        "shuffled": {"world": {"accuracy": 0.31}} if trial.run.sees == "image" else {},
         "visual_tokens": tokens,
         "trainable_parameters": 1000 * tokens + 12345,
+        "train_flops": 10**12 * tokens,
         "samples_per_second": 130.5,
         "seconds": 60.0 + tokens / 4,
         "peak_memory_bytes": 700_000_000 + tokens,

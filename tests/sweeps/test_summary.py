@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
@@ -10,15 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.sweeps.conftest import CAPABILITIES, SKILL, make_study, write_sweep
 from vlmzoo.sweeps.metrics import fraction
-from vlmzoo.sweeps.summary import summarise, to_csv
+from vlmzoo.sweeps.plan import plan
+from vlmzoo.sweeps.samples import samples
+from vlmzoo.sweeps.summary import refuse_other_worlds, summarise, to_csv
 from vlmzoo.sweeps.sweep import write_report
 from vlmzoo.sweeps.table import WIDTH, count, duration, render
+from vlmzoo.world.datasets import examples
+from vlmzoo.world.scenes import draw
 
 FIELDS = [
-    *("connector", "encoder", "llm", "seeds", "accuracy", "ci95", "dof", "gap_closed", "capabilities"),
+    *("connector", "encoder", "llm", "seeds", "accuracy", "ci95", "dof", "gap_closed", "shuffled", "capabilities"),
     *("visual_tokens", "trainable_parameters", "train_flops", "samples_per_second", "peak_memory_bytes", "seconds"),
 ]
 
@@ -40,8 +46,9 @@ def test_the_form(tmp_path: Path) -> None:
     write_sweep(tmp_path, make_study(list(SKILL), [0, 1]))
     write_report(tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert list(summary) == ["schema", "blind", "oracle", "rows"]
+    assert list(summary) == ["schema", "blind", "oracle", "frequent", "rows"]
     assert summary["blind"] == {"accuracy": None, "capabilities": None}
+    assert all(row["gap_closed"] is None for row in summary["rows"])
     assert all(list(row) == FIELDS for row in summary["rows"])
     assert [row["accuracy"] for row in summary["rows"]] == sorted(
         (r["accuracy"] for r in summary["rows"]), reverse=True
@@ -58,6 +65,55 @@ def test_unfinished_trials_are_left_out_and_named(tmp_path: Path) -> None:
     rows = {row["connector"]: row["seeds"] for row in write_report(tmp_path)["rows"]}
     assert rows == {"mlp": [0, 1], "linear": [1]}
     assert "linear, world:clip, world:llama, seed 0" in (tmp_path / "report.html").read_text()
+
+
+def test_rows_are_held_against_their_llms_own_baselines(tmp_path: Path) -> None:
+    llms = ["world:llama", "world:qwen"]
+    study = make_study(["mlp", "linear"], [0, 1, 2], baselines=["blind", "oracle"], llms=llms)
+    summary = summarise(write_sweep(tmp_path, study))
+    assert len(summary["rows"]) == 4
+    for name, skill in (("blind", 0.3), ("oracle", 0.9)):
+        assert summary[name]["accuracy"] == pytest.approx(skill, abs=0.04)
+        assert list(summary[name]["by_llm"]) == llms
+        assert summary[name]["accuracy"] == pytest.approx(
+            np.mean([a["accuracy"] for a in summary[name]["by_llm"].values()])
+        )
+        assert list(summary[name]["capabilities"]) == list(CAPABILITIES)
+    for row in summary["rows"]:
+        blind, oracle = (summary[name]["by_llm"][row["llm"]]["accuracy"] for name in ("blind", "oracle"))
+        assert row["gap_closed"] == pytest.approx((row["accuracy"] - blind) / (oracle - blind))
+        assert row["shuffled"] == pytest.approx(0.31)
+
+
+def test_baselines_do_not_change_the_connectors_intervals(tmp_path: Path) -> None:
+    bare = summarise(write_sweep(tmp_path / "bare", make_study(["mlp", "linear"], [0, 1])))
+    study = make_study(["mlp", "linear"], [0, 1], baselines=["blind", "oracle"])
+    beside = summarise(write_sweep(tmp_path / "beside", study))
+    assert [row["ci95"] for row in bare["rows"]] == [row["ci95"] for row in beside["rows"]]
+
+
+def test_the_commonest_answer_is_counted_from_what_is_right(tmp_path: Path) -> None:
+    (trial,) = write_sweep(tmp_path, make_study(["mlp"], [0]), num_items=1)
+    answers = {"count": ["2", "2.", "3", "2"], "read": ["7", "9"]}
+    items = [
+        {"id": f"{name}{index}", "capability": name, "expected": text, "score": 0}
+        for name, texts in answers.items()
+        for index, text in enumerate(texts)
+    ]
+    (trial.folder / "predictions" / "world.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    frequent = summarise([trial])["frequent"]
+    assert frequent == {"accuracy": 0.625, "capabilities": {"count": 0.75, "read": 0.5}}
+
+
+def test_results_from_another_world_are_refused_in_one_table(tmp_path: Path) -> None:
+    trials = write_sweep(tmp_path, make_study(["mlp"], [0, 1]))
+    file = trials[1].folder / "result.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "world": 1}))
+    with pytest.raises(ValueError, match=f"{trials[1].hash}: comes from version 1 of the embedded world, expected 2"):
+        summarise(trials)
+    with pytest.raises(ValueError, match="comes from version 1"):
+        refuse_other_worlds(trials[1:], version=2)
+    summarise(trials[1:])  # by itself it can still be read
 
 
 def test_other_questions_are_refused(tmp_path: Path) -> None:
@@ -86,11 +142,17 @@ def test_one_seed_has_no_interval(tmp_path: Path) -> None:
 
 
 def test_the_table_is_aligned_and_fits(tmp_path: Path) -> None:
-    summary = summarise(write_sweep(tmp_path, make_study(list(SKILL), [0, 1])))
+    study = make_study(list(SKILL), [0, 1], baselines=["blind", "oracle"])
+    summary = summarise(write_sweep(tmp_path, study))
     header, rule, *lines = render(summary).splitlines()
     assert len(rule) <= WIDTH
     assert [line.split()[0] for line in lines[:5]] == [row["connector"] for row in summary["rows"]]
     assert len({len(line) for line in (header, rule, *lines[:5])}) == 1
+    measures = {line[:15].strip(): line for line in lines[5:8]}
+    assert list(measures) == ["text oracle", "blind", "commonest answe"]
+    width = len("gated_cross_attention")
+    for name, line in zip(("oracle", "blind", "frequent"), measures.values(), strict=True):
+        assert line[width:].split()[0] == f"{100 * summary[name]['accuracy']:.1f}"
 
 
 def test_to_csv_of_nothing_is_empty() -> None:
@@ -119,8 +181,8 @@ class Page(HTMLParser):
         self.links: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag not in ("meta", "path", "polygon", "polyline", "wbr"):
+        self.links += [value or "" for name, value in attrs if name in ("src", "href") and "data:" not in str(value)]
+        if tag not in ("br", "img", "input", "meta", "path", "polygon", "polyline", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -129,17 +191,46 @@ class Page(HTMLParser):
 
 
 def test_the_page_needs_nothing_but_itself_and_is_well_formed(tmp_path: Path) -> None:
-    study = make_study(list(SKILL), [0, 1])
+    study = make_study(list(SKILL), [0, 1], baselines=["blind", "oracle"])
     study.connectors[0].options["note"] = "<script>alert(1)</script>"
-    write_sweep(tmp_path, study)
+    for trial in write_sweep(tmp_path, study):
+        file = trial.folder / "predictions" / "world.jsonl"
+        file.write_text(file.read_text().replace("How many?", "<script>alert(2)</script>"))
     write_report(tmp_path)
     text = (tmp_path / "report.html").read_text()
     page = Page()
     page.feed(text)
     assert page.open == []
     assert page.links == []
-    assert "<script" not in text
+    assert text.count("<script") == 1
+    assert "alert" not in text.partition("<script")[2].partition("</script")[0]
     assert "url(" not in text
     assert "@import" not in text
     assert text.count('<div class="dot"') == 5
+    assert text.count('<b class="dot"') == 4 * 5  # tokens, parameters, FLOPs, seconds
     assert text.count("<polyline") == 10
+    assert text.count("<article") == 8 * len(CAPABILITIES)
+
+
+def test_samples_show_where_connectors_disagree(tmp_path: Path) -> None:
+    study = make_study(list(SKILL), [0, 1], baselines=["blind", "oracle"])
+    trials = write_sweep(tmp_path, study)
+    found = samples(trials)
+    for name in CAPABILITIES:
+        of_capability = [sample for sample in found if sample.capability == name]
+        assert len(of_capability) == 8
+        assert sum(sample.disagree for sample in of_capability) >= 4
+    assert all(list(sample.answers) == [*SKILL, "blind", "oracle"] for sample in found)
+    assert samples(plan(make_study(["mlp"], [7]), tmp_path)) == []  # nothing has finished
+
+
+def test_samples_show_the_image_that_was_asked_about(tmp_path: Path) -> None:
+    (trial,) = write_sweep(tmp_path, make_study(["mlp"], [0]), num_items=1)
+    file = trial.folder / "predictions" / "world.jsonl"
+    item = {"id": "questions-000003", "capability": "spatial", "prompt": "", "answer": "", "expected": "x", "score": 0}
+    file.write_text(json.dumps(item) + "\n")
+    (sample,) = samples([trial])
+    assert sample.image is not None
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(sample.image.partition(",")[2]))))
+    *_, (scene, _) = examples("questions", 4, seed=0)
+    assert np.abs(shown.astype(int) - draw(scene)).mean() < 6  # JPEG

@@ -18,9 +18,10 @@ from tests.checkpoints import run_values, write_data, write_models
 from tests.data.conftest import words
 from tests.tiny import CLIP, LLAMA
 from vlmzoo.cli import main
-from vlmzoo.config import RunConfig, config_hash, load, parse
+from vlmzoo.config import RunConfig, SweepConfig, baseline, config_hash, load, parse
 from vlmzoo.sweeps import trial
 from vlmzoo.sweeps.checkpoint import evaluate_checkpoint
+from vlmzoo.sweeps.plan import plan, resolve
 from vlmzoo.sweeps.trial import run_trial
 
 COLOURS = {"red": (220, 30, 30), "left": (30, 30, 220)}
@@ -170,6 +171,55 @@ def test_a_sweep_of_real_trials(
     assert main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == rows
     assert before == {file: file.stat().st_mtime_ns for file in out.glob("trials/*/result.json")}
+
+
+def test_arms_see_what_they_are_said_to(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blind one the question alone, the oracle a description; a connector, asked again, the next one's image."""
+    data = tmp_path / "data.json"
+    records = json.loads(data.read_text())
+    data.write_text(json.dumps([{**record, "description": "A red cube."} for record in records]))
+    config["evaluation"]["colours"]["shuffled"] = 5
+    study = parse(
+        SweepConfig, {"run": config, "connectors": ["linear"], "seeds": [0], "baselines": ["blind", "oracle"]}
+    )
+    asked: dict[str, list[tuple[str, list[str]]]] = {}
+    evaluated = trial.evaluate
+
+    def spy(model: Any, samples: Any, *arguments: Any, **options: Any) -> Any:
+        name = f"{arm.connector}{len(samples)}"
+        asked[name] = [(sample.record.turns[0].text, [path.name for path in sample.images]) for sample in samples]
+        return evaluated(model, samples, *arguments, **options)
+
+    monkeypatch.setattr(trial, "evaluate", spy)
+    results = {}
+    for arm in plan(resolve(study), tmp_path / "sweep"):
+        results[arm.connector] = run_trial(arm.run, arm.folder)
+        assert results[arm.connector]["config_hash"] == arm.hash
+    assert asked["linear12"] == [("<image>\nWhat is it?", [f"{index}.png"]) for index in range(12)]
+    assert asked["linear5"] == [("<image>\nWhat is it?", [f"{(index + 1) % 5}.png"]) for index in range(5)]
+    assert asked["blind12"] == [("What is it?", [])] * 12
+    assert asked["oracle12"] == [("A red cube.\nWhat is it?", [])] * 12
+    assert set(results["linear"]["shuffled"]["colours"]["capabilities"]) == {"first"}
+    assert results["blind"]["shuffled"] == {}
+    assert set(results["blind"]["final_loss"]) == {"finetune"}
+
+    data.write_text(json.dumps(records))
+    with pytest.raises(ValueError, match=r"data.json\[0\] \(id 'i0'\): has no `description`"):
+        run_trial(baseline(parse(RunConfig, config), "oracle"), tmp_path / "untold")
+
+
+def test_flops_are_those_of_the_steps(config: dict[str, Any], tmp_path: Path) -> None:
+    """Counted on the first step of each stage alone: twice the steps, twice the count."""
+    found = {}
+    for steps in (2, 4):
+        for stage in config["stages"].values():
+            stage["steps"] = steps
+        found[steps] = run_trial(parse(RunConfig, config), tmp_path / str(steps))
+    assert found[4]["train_flops"] == 2 * found[2]["train_flops"] > 0
+    lines = [json.loads(line) for line in (tmp_path / "2" / "metrics.jsonl").read_text().splitlines()]
+    assert ["flops" in line for line in lines] == [True, False] * 2
 
 
 @pytest.mark.parametrize(("encoder", "llm"), [("siglip", "llama"), ("clip", "qwen"), ("siglip", "qwen")])

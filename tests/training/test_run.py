@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file
+from torch import nn
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from tests.training.conftest import Trained, metrics
@@ -26,6 +27,7 @@ from vlmzoo.model import VisionLanguageModel
 from vlmzoo.samples import SampleSet
 from vlmzoo.sweeps.trial import new_model, run_trial
 from vlmzoo.training import run as loop
+from vlmzoo.training.run import flop_counter
 from vlmzoo.training.stages import prepare, rate
 
 Train = Callable[..., Trained]
@@ -321,3 +323,24 @@ def test_a_stage_that_cannot_be_trained_is_refused_before_the_first_one(
     with pytest.raises(ValueError, match=re.escape(message)):
         run_trial(parse(RunConfig, values), tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_flops_of_attention_are_those_of_its_products() -> None:
+    """Two products forward; five backward, one of them the scores again, which a fused kernel does not keep."""
+    batch, heads, length, keys, dim = 2, 3, 5, 7, 4
+    q = torch.randn(batch, heads, length, dim, requires_grad=True)
+    k, v = (torch.randn(batch, heads, keys, dim, requires_grad=True) for _ in range(2))
+    with flop_counter() as counter:
+        out = F.scaled_dot_product_attention(q, k, v)
+    product = 2 * batch * heads * length * keys * dim
+    assert counter.get_total_flops() == 2 * product
+    with flop_counter() as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 5 * product
+
+
+def test_flops_of_a_layer_are_three_products() -> None:
+    layer = nn.Linear(4, 6)
+    with flop_counter() as counter:
+        layer(torch.randn(5, 4, requires_grad=True)).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 5 * 4 * 6

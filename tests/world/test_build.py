@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, SiglipVisionModel
 
+from vlmzoo.world import ENCODERS, MODELS, encoder, fitting, language, path
 from vlmzoo.world import build as build_module
-from vlmzoo.world import encoder, fitting, language, path
 from vlmzoo.world.build import build
 from vlmzoo.world.fitting import fit
 from vlmzoo.world.scenes import sample_scene
@@ -65,6 +65,30 @@ def test_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
         train(tmp_path / "model", seed=1)
 
 
+@pytest.mark.parametrize(
+    "error", [RuntimeError("[enforce fail at inline_container.cc] . write failed"), OSError(28, "")]
+)
+def test_a_full_disk_stops_it_and_loses_nothing(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(tmp_path / "whole")
+    saved, save = [], torch.save
+
+    def full(*arguments: object) -> None:
+        if len(saved) == 3:
+            raise error
+        saved.append(arguments)
+        save(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", full)
+        with pytest.raises(OSError, match="cannot be written" if isinstance(error, RuntimeError) else None):
+            train(tmp_path / "parts")
+    assert json.loads((tmp_path / "parts" / "state.json").read_text())["step"] == 3
+    assert not (tmp_path / "parts.writing").exists()
+    assert torch.equal(whole.weight, train(tmp_path / "parts").weight)
+
+
 def test_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:
     model = nn.Linear(1, 1)
     before = model.weight.clone()
@@ -85,14 +109,17 @@ def test_build_writes_what_transformers_loads(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(build_module, "NUM_GROUPS", 1)
     monkeypatch.setattr(language, "BATCH", 2)
     monkeypatch.setattr(encoder, "BATCH", 4)
-    assert build(None, tmp_path, num_steps=1) == [tmp_path / "clip", tmp_path / "llama"]
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["clip", "llama"]
+    assert build(None, tmp_path, num_steps=1) == [tmp_path / name for name in MODELS]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(MODELS)
     assert path("clip", tmp_path) == tmp_path / "clip"
     assert CLIPVisionModel.from_pretrained(tmp_path / "clip").config.image_size == 72
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "llama")
-    assert model.config.vocab_size == len(tokenizer)
-    assert tokenizer.chat_template == build_tokenizer().chat_template
+    assert SiglipVisionModel.from_pretrained(tmp_path / "siglip").config.patch_size == 12
+    for name, kind in (("llama", "llama"), ("qwen", "qwen2")):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        assert model.config.model_type == kind
+        assert model.config.vocab_size == len(tokenizer)
+        assert tokenizer.chat_template == build_tokenizer().chat_template
     assert json.loads((tmp_path / "llama" / "quality.json").read_text())["steps"] == 1
 
     written = load_file(tmp_path / "clip" / "model.safetensors")
@@ -105,17 +132,18 @@ def test_build_writes_what_transformers_loads(tmp_path: Path, monkeypatch: pytes
 
 
 def test_unknown_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="unknown world model 'siglip', expected one of clip, llama"):
-        build("siglip", tmp_path)
+    with pytest.raises(ValueError, match=r"unknown world model 'sigclip', expected .*; nearest is 'siglip'"):
+        build("sigclip", tmp_path)
 
 
-def test_encoder_loss_sees_the_altered_twin() -> None:
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoder_loss_sees_the_altered_twin(name: str) -> None:
     """A twin that cannot be told apart costs more than captions of other scenes."""
     torch.manual_seed(0)
-    reader = encoder.Reader(build_tokenizer()).eval()
+    reader = encoder.Reader(name, build_tokenizer()).eval()
     rng = random.Random(0)
     scenes = [sample_scene(rng) for _ in range(4)]
     other = [sample_scene(rng) for _ in range(4)]
     with torch.no_grad():
-        reader.clip.logit_scale.fill_(4.0)
+        reader.model.logit_scale.fill_(4.0)
         assert encoder.contrastive_loss(reader, scenes, scenes) > encoder.contrastive_loss(reader, scenes, other)

@@ -5,9 +5,10 @@ import re
 from collections import Counter
 
 import pytest
+from sklearn.datasets import load_digits
 
 from vlmzoo.world.datasets import examples
-from vlmzoo.world.scenes import Scene, SceneObject, sample_scene
+from vlmzoo.world.scenes import RARE, Scene, SceneObject, sample_scene
 from vlmzoo.world.text import CAPABILITIES, ask, caption, conversation, statements
 
 ROWS = {"top": 0, "middle": 1, "bottom": 2}
@@ -33,9 +34,13 @@ def solve(scene: Scene, text: str) -> str:
         row, column = position(match[2])
         (item,) = [item for item in scene.objects if (item.cell // 3, item.cell % 3) == (row, column)]
         return {"size": item.size, "color": item.color, "shape": item.shape}[match[1]]
+    if match := re.fullmatch(r"What number is on the (\w+) sign\?", text):
+        (item,) = find(scene, match[1], "sign")
+        assert item.digit is not None
+        return str(load_digits().target[item.digit])
     if match := re.fullmatch(r"How many (\w+ objects|\w+) are there\?", text):
         word = match[1].removesuffix(" objects")
-        singular = {"circles": "circle", "squares": "square", "triangles": "triangle", "crosses": "cross"}.get(word)
+        singular = {"crosses": "cross"}.get(word, word.removesuffix("s"))
         if word == "objects":
             return str(len(scene.objects))
         return str(len([item for item in scene.objects if item.shape == singular or item.color == word]))
@@ -58,7 +63,7 @@ def test_answers_are_right(capability: str) -> None:
     rng = random.Random(capability)
     asked = 0
     while asked < 300:
-        scene = sample_scene(rng)
+        scene = sample_scene(rng, "evaluation", rare=capability == "rare")
         question = ask(scene, capability, rng)
         if question is not None:
             assert question.answer == solve(scene, question.text), (scene, question)
@@ -71,8 +76,10 @@ def test_caption_names_everything_and_nothing_else() -> None:
     for _ in range(200):
         scene = sample_scene(rng)
         told = [entry.split() for entry in caption(scene).removesuffix(" .").split(" ; ")]
-        read = [((a, b), size, color, shape) for place, size, color, shape in told for a, b in [position(place)]]
-        assert read == [((item.cell // 3, item.cell % 3), item.size, item.color, item.shape) for item in scene.objects]
+        read = [(position(place), size, color, shape) for place, size, color, shape in told]
+        assert read == [
+            (divmod(item.cell, 3), item.number or item.size, item.color, item.shape) for item in scene.objects
+        ]
 
 
 def test_statements_are_true() -> None:
@@ -80,7 +87,7 @@ def test_statements_are_true() -> None:
     kinds = Counter()
     for _ in range(100):
         scene = sample_scene(rng)
-        text = " ".join(piece for piece, _ in statements(scene, rng, 10)[3:])
+        text = " ".join(piece for piece, _ in statements(scene, rng)[3:])
         for fact in text.removesuffix(" ;").split(" ; "):
             words = fact.replace(" ,", "").split()
             if words[0] == "any":
@@ -88,6 +95,9 @@ def test_statements_are_true() -> None:
             elif words[0] == "count":
                 attributes = [{"objects", item.color, item.shape} for item in scene.objects]
                 assert int(words[2]) == sum(words[1] in names for names in attributes)
+            elif words[2] == "number":
+                (item,) = find(scene, words[0], words[1])
+                assert words[3] == item.number
             elif len(words) == 6:
                 (first,), (second,) = find(scene, *words[:2]), find(scene, *words[2:4])
                 across = first.cell % 3 - second.cell % 3
@@ -99,20 +109,38 @@ def test_statements_are_true() -> None:
                 color, shape = words[:2] if len(words) == 3 else words[2:]
                 (item,) = find(scene, color, shape)
                 assert (item.cell // 3, item.cell % 3) == position(place)
-                assert len(words) == 3 or item.size == words[1]
+                assert len(words) == 3 or (item.number or item.size) == words[1]
             kinds[words[0] if words[0] in ("any", "count") else len(words)] += 1
     assert min(kinds[kind] for kind in ("any", "count", 3, 4, 6)) > 50
 
 
 def test_held_out_questions_are_balanced() -> None:
     counted: dict[str, Counter[str]] = {}
-    for _, (question,) in examples("questions", 2000, seed=0):
+    for _, (question,) in examples("questions", 2800, seed=0):
         counted.setdefault(question.capability, Counter())[question.answer] += 1
     assert {name: sum(answers.values()) for name, answers in counted.items()} == dict.fromkeys(CAPABILITIES, 400)
     assert counted["existence"] == {"yes": 200, "no": 200}
-    assert 160 < counted["spatial"]["left"] + counted["spatial"]["above"] < 240
-    for name in ("attribute", "counting", "place"):
+    relations = counted["spatial"]
+    assert abs(relations["left"] - relations["right"]) < 40
+    assert abs(relations["above"] - relations["below"]) < 40
+    for name in CAPABILITIES[1:]:
         assert counted[name].most_common(1)[0][1] < 0.4 * 400, counted[name]
+
+
+def test_attribute_and_detail_and_rare_ask_of_their_own_objects() -> None:
+    """Large, small and never-taught objects; only what is asked about differs."""
+    for scene, (question,) in examples("questions", 1400, seed=0):
+        match = re.fullmatch(r"What (color|shape) is the (\S+) object\?", question.text)
+        rare = [item for item in scene.objects if (item.color, item.shape) in RARE]
+        assert len(rare) == (question.capability == "rare")
+        if match is None:
+            assert question.capability not in ("detail", "rare")
+            continue
+        (item,) = [item for item in scene.objects if divmod(item.cell, 3) == position(match[2])]
+        if question.capability == "rare":
+            assert rare == [item]
+        else:
+            assert item.size == {"attribute": "large", "detail": "small"}[question.capability]
 
 
 def test_conversation_asks_different_questions() -> None:

@@ -2,6 +2,7 @@ import random
 import re
 from typing import Any
 
+from vlmzoo.world import DATASETS
 from vlmzoo.world.datasets import examples
 from vlmzoo.world.language import IGNORED, encode
 from vlmzoo.world.scenes import sample_scene
@@ -14,11 +15,11 @@ TOKENIZER = build_tokenizer()
 def test_every_word_of_the_world_is_known_and_round_trips() -> None:
     rng = random.Random(0)
     texts = list(PROMPTS)
-    for name in ("captions", "conversations", "questions"):
+    for name in DATASETS:
         for _, turns in examples(name, 400, seed=0):
             texts += [part for turn in turns for part in (turn.text, turn.answer)]
     for _ in range(200):
-        texts += [piece for piece, _ in statements(sample_scene(rng), rng, 10)[1:]]
+        texts += [piece for piece, _ in statements(sample_scene(rng), rng)[1:]]
     unknown = TOKENIZER.unk_token_id
     for text in set(texts):
         ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,15 @@ class Record:
     turns: tuple[Turn, ...]
     where: str  # names the record in messages: train.json[17] (id 'abc')
     capability: str | None = None  # what a question asks for, in evaluation data
+    description: str | None = None  # what its image shows, for the baseline that reads it instead
+
+    def seen_as(self, text: str | None) -> Record:
+        """The record without its images; `text`, where there is any, in the place of each `<image>`."""
+        turns = []
+        for turn in self.turns:
+            replaced = turn.text.replace(IMAGE_TOKEN, text or "") if turn.role == "human" else turn.text
+            turns.append(Turn(turn.role, replaced.strip()))
+        return replace(self, images=(), turns=tuple(turns))
 
 
 def read_records(json_path: Path, image_folder: Path, limit: int | None = None) -> list[Record]:
@@ -80,10 +89,11 @@ def _record(value: Any, where: str, index: int, folder: Path) -> Record:
     placeholders = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
     if placeholders != len(names):
         raise RecordError(f"{where}: {placeholders} {IMAGE_TOKEN} in its human turns for {len(names)} images")
-    capability = value.get("capability")
-    if not isinstance(capability, str | None):
-        raise RecordError(f"{where}: `capability` must be a text, got {_kind(capability)}")
-    return Record(name, tuple(image_path(folder, item, where) for item in names), turns, where, capability)
+    extras = {key: value.get(key) for key in ("capability", "description")}
+    for key, extra in extras.items():
+        if not isinstance(extra, str | None):
+            raise RecordError(f"{where}: `{key}` must be a text, got {_kind(extra)}")
+    return Record(name, tuple(image_path(folder, item, where) for item in names), turns, where, **extras)
 
 
 def _turns(value: Mapping[str, Any], where: str) -> tuple[Turn, ...]:

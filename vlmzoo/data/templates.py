@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from vlmzoo.config import Template
 from vlmzoo.data.records import IMAGE_TOKEN, Turn
@@ -18,6 +21,10 @@ VICUNA_SYSTEM = (
 )
 CAPTION_INSTRUCTION = "A short image description:"
 """What connectors that read the instruction get with `plain`, whose human text is dropped. One of InstructBLIP's."""
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+NO_THOUGHTS: dict[str, Any] = {"enable_thinking": False}
+"""Templates of models that think take it; answers in the data come without thoughts."""
 
 Span = tuple[int, int]
 
@@ -93,7 +100,9 @@ def _vicuna(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, generatio
 
 
 def _chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, generation: bool) -> Rendered:
-    """The tokenizer's own template. An answer is what it writes after the prompt for that answer."""
+    """The tokenizer's own template. An answer is what it marks as generated, or what follows the prompt for it."""
+    if not generation and GENERATION.search(str(tokenizer.chat_template)):
+        return _marked(turns, tokenizer)
     text = _apply(turns, tokenizer, generation)
     if generation:
         return Rendered(text, ())
@@ -108,19 +117,46 @@ def _chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, generation:
                 f"the chat template is not prefix-stable: it writes turn {index} otherwise within the whole"
             )
         answer = end[len(start) :]
-        if turn.text.strip() not in answer:
-            raise ValueError(f"the chat template changes the answer of turn {index}: {turn.text!r} to {answer!r}")
+        _check_answer(answer, index, turn)
         targets.append((len(start), len(start) + len(_until_end_marker(answer, tokenizer))))
     return Rendered(text, tuple(targets))
 
 
+def _marked(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Rendered:
+    """The conversation in a template with `{% generation %}`, which says in one pass what is generated."""
+    options: Any = {"chat_template": tokenizer.chat_template, **tokenizer.special_tokens_map, **NO_THOUGHTS}
+    with _refusals():
+        found: Any = render_jinja_template([_messages(turns)], return_assistant_tokens_mask=True, **options)
+    (text,), (spans,) = found
+    targets = [(int(start), int(start) + len(_until_end_marker(text[start:end], tokenizer))) for start, end in spans]
+    answers = [(index, turn) for index, turn in enumerate(turns) if turn.role == "gpt"]
+    if len(targets) != len(answers):
+        raise ValueError(f"the chat template marks {len(targets)} answers as generated, expected {len(answers)}")
+    for (start, end), (index, turn) in zip(targets, answers, strict=True):
+        _check_answer(text[start:end], index, turn)
+    return Rendered(text, tuple(targets))
+
+
+def _check_answer(written: str, index: int, turn: Turn) -> None:
+    if turn.text.strip() not in written:
+        raise ValueError(f"the chat template changes the answer of turn {index}: {turn.text!r} to {written!r}")
+
+
 def _apply(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, prompt: bool) -> str:
+    options: dict[str, Any] = {"add_generation_prompt": prompt, **NO_THOUGHTS}
+    with _refusals():
+        return str(tokenizer.apply_chat_template(_messages(turns), tokenize=False, **options))
+
+
+def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
     roles = {"human": "user", "gpt": "assistant"}
-    messages = [{"role": roles[turn.role], "content": turn.text} for turn in turns]
-    # Templates of models that think take `enable_thinking`; answers in the data come without thoughts.
-    options: dict[str, Any] = {"add_generation_prompt": prompt, "enable_thinking": False}
+    return [{"role": roles[turn.role], "content": turn.text} for turn in turns]
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        yield
     except TemplateError as error:
         raise ValueError(f"the chat template refuses the conversation ({error})") from None
 

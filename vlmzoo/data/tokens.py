@@ -39,10 +39,14 @@ def encode_conversation(
     encoded = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids: list[int] = encoded["input_ids"]
     special = set(special_tokens(tokenizer).values())
+    targets = iter(rendered.targets)
+    target = next(targets, None)
     supervised, previous = [], 0
     for token, (start, end) in zip(ids, encoded["offset_mapping"], strict=True):
         start = previous if start == end else start  # byte-level tokenizers trim the space that such a token is
-        supervised.append(any(_is_target(start, end, span, token in special) for span in rendered.targets))
+        while target is not None and target[1] <= start:
+            target = next(targets, None)
+        supervised.append(target is not None and _is_target(start, end, target, token in special))
         previous = end
     begin = _begin(tokenizer)
     if ids[:1] != begin:  # a chat template may have written it

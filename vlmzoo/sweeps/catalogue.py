@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 ENCODERS = ("clip", "siglip")
@@ -22,7 +23,10 @@ def entries(kind: str, plugins: Sequence[Path] = ()) -> list[dict[str, Any]]:
     if kind == "connectors":
         return _connectors(plugins)
     if kind == "tasks":
-        own = [{"name": "world:questions", "summary": "held-out questions about the embedded world, by capability"}]
+        own = [
+            {"name": "world:questions", "summary": "held-out questions about the embedded world, by capability"},
+            {"name": "world:validation", "summary": "others, to choose learning rates by"},
+        ]
         return [*own, {"name": "FILE.json", "summary": ANY_OTHER[kind]}]
     return [*_world_models(kind), {"name": "HUB_ID or DIRECTORY", "summary": ANY_OTHER[kind]}]
 
@@ -45,6 +49,14 @@ def _connectors(plugins: Sequence[Path]) -> list[dict[str, Any]]:
     ]
 
 
+def _quality(quality: dict[str, Any]) -> str:
+    """What was measured when it was built."""
+    if "accuracy" in quality:
+        scores = quality["accuracy"].values()
+        return f"told what is there it answers {100 * fmean(scores):.1f} % right ({100 * min(scores):.0f} % at least)"
+    return f"finds the right caption of 64 in {100 * quality['retrieval_of_64']:.1f} %"
+
+
 def _world_models(kind: str) -> list[dict[str, Any]]:
     found = []
     models = resources.files("vlmzoo.world") / "models"
@@ -52,6 +64,7 @@ def _world_models(kind: str) -> list[dict[str, Any]]:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         family = config["model_type"].removesuffix("_vision_model")
         if (family in ENCODERS) == (kind == "encoders"):
-            summary = f"a small {family} trained on the embedded world"
+            quality = json.loads((folder / "quality.json").read_text(encoding="utf-8"))
+            summary = f"a small {family} trained on the embedded world: {_quality(quality)}"
             found.append({"name": f"world:{folder.name}", "summary": summary})
     return found

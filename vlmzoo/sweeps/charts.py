@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -33,21 +34,48 @@ class Curve:
     colour: int
 
 
+@dataclass(frozen=True)
+class Point:
+    """An estimate at a cost; the cost is positive."""
+
+    cost: float
+    estimate: Estimate
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A value that all estimates are held against, in percent."""
+
+    label: str
+    value: float
+
+
 def colour(index: int) -> str:
     return f"--colour: var(--c{index % NUM_COLOURS})"
 
 
-def dot_plot(estimates: Sequence[Estimate]) -> str:
-    """A row an estimate: its label, the interval with a dot on a common scale, the figure."""
+def _ends(estimates: Sequence[Estimate], marks: Sequence[Mark] = ()) -> tuple[float, float]:
+    """The lowest and the highest value of intervals and marks."""
     lows = [item.value if item.low is None else item.low for item in estimates]
     highs = [item.value if item.high is None else item.high for item in estimates]
-    ticks = linear_ticks(min(lows), max(highs))
+    values = [mark.value for mark in marks]
+    return min([*lows, *values]), max([*highs, *values])
+
+
+def dot_plot(estimates: Sequence[Estimate], marks: Sequence[Mark] = ()) -> str:
+    """A row an estimate: its label, the interval with a dot on a common scale, the figure; marks are lines."""
+    ticks = linear_ticks(*_ends(estimates, marks))
     first, last = ticks[0], ticks[-1]
 
     def place(value: float) -> float:
         return 100 * (value - first) / (last - first)
 
     lines = "".join(f'<i style="left:{place(tick):.2f}%"></i>' for tick in ticks)
+    lines += "".join(f'<i class="mark" style="left:{place(mark.value):.2f}%"></i>' for mark in marks)
+    named = "".join(
+        f'<span style="left:{place(mark.value):.2f}%">{escape(mark.label)}<br>{mark.value:.1f}</span>' for mark in marks
+    )
+    head = f'<div class="blank"></div><div class="marks">{named}</div><div class="blank"></div>' if marks else ""
     rows = []
     for item in estimates:
         span, half = "", ""
@@ -63,7 +91,55 @@ def dot_plot(estimates: Sequence[Estimate]) -> str:
         )
     labels = "".join(f'<span style="left:{place(tick):.2f}%">{tick:g} %</span>' for tick in ticks)
     axis = f'<div class="blank"></div><div class="axis">{labels}</div><div class="blank"></div>'
-    return f'<div class="dots">{"".join(rows)}{axis}</div>'
+    return f'<div class="dots">{head}{"".join(rows)}{axis}</div>'
+
+
+def scatter(title: str, points: Sequence[Point], form: Callable[[float], str]) -> str:
+    """Values with their intervals over a logarithmic axis of costs, which `form` writes."""
+    ticks = linear_ticks(*_ends([point.estimate for point in points]))
+    bottom, top = ticks[0], ticks[-1]
+    costs = [point.cost for point in points]
+    left, right = min(costs) / 1.35, max(costs) * 1.35
+
+    def x(cost: float) -> float:
+        return 100 * math.log(cost / left) / math.log(right / left)
+
+    def y(value: float) -> float:
+        return 100 * (top - value) / (top - bottom)
+
+    drawn = [f'<path d="M0 {y(tick):.2f}H100" stroke="var(--grid)"/>' for tick in ticks]
+    dots = []
+    for point in points:
+        item, place = point.estimate, x(point.cost)
+        if item.low is not None and item.high is not None:
+            drawn.append(
+                f'<path d="M{place:.2f} {y(item.low):.2f}V{y(item.high):.2f}" stroke="var(--colour)" '
+                f'stroke-width="6" stroke-linecap="round" opacity=".3" style="{colour(item.colour)}"/>'
+            )
+        name = f"{re.sub('<[^>]+>', ' ', item.label)}: {item.value:.1f} % at {form(point.cost)}"
+        dots.append(
+            f'<b class="dot" title="{escape(name)}" '
+            f'style="left:{place:.2f}%;top:{y(item.value):.2f}%;{colour(item.colour)}"></b>'
+        )
+    names = ", ".join(re.sub("<[^>]+>", " ", point.estimate.label) for point in points)
+    svg = (
+        f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" '
+        f'aria-label="{escape(f"{title}: accuracy of {names}")}">{"".join(drawn)}</svg>'
+    )
+    marks = [f'<span class="y" style="top:{y(tick):.2f}%">{tick:g}</span>' for tick in ticks]
+    costs_at = apart([tick for tick in log_ticks(left, right) if left <= tick <= right], x)
+    marks += [f'<span class="x" style="left:{x(tick):.2f}%">{form(tick)}</span>' for tick in costs_at]
+    inside = f"{svg}{''.join(dots)}{''.join(marks)}"
+    return f'<div><h3>{escape(title)}</h3><div class="plot">{inside}</div><p class="under">&nbsp;</p></div>'
+
+
+def apart(ticks: Sequence[float], place: Callable[[float], float], least: float = 14.0) -> list[float]:
+    """The ticks whose places are at least so many percent from the one before."""
+    kept: list[float] = []
+    for tick in ticks:
+        if not kept or place(tick) - place(kept[-1]) >= least:
+            kept.append(tick)
+    return kept
 
 
 def line_plot(title: str, curves: Sequence[Curve]) -> str:

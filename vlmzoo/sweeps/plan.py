@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmzoo.config import ConnectorConfig, EncoderConfig, LLMConfig, RunConfig, SweepConfig, config_hash, to_dict
+from vlmzoo.config import SIGHT, ConnectorConfig, EncoderConfig, LLMConfig, RunConfig, SweepConfig, config_hash, to_dict
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,18 @@ class Trial:
         return self.folder.name
 
     @property
+    def is_baseline(self) -> bool:
+        """Whether it is trained without images: an arm to compare connectors with."""
+        return self.run.sees != "image"
+
+    @property
     def seed(self) -> int:
         return self.run.seed.init
 
     @property
     def title(self) -> str:
-        return f"{self.connector}, {self.encoder}, {self.llm}, seed {self.seed}"
+        parts = [self.connector, self.llm] if self.is_baseline else [self.connector, self.encoder, self.llm]
+        return f"{', '.join(parts)}, seed {self.seed}"
 
     def result(self) -> dict[str, Any] | None:
         """Its result.json; None: not done."""
@@ -53,7 +59,8 @@ def resolve(study: SweepConfig) -> SweepConfig:
     from vlmzoo import build  # imports torch
 
     runs = [build.resolve(dataclasses.replace(study.run, connector=connector)) for connector in study.connectors]
-    return dataclasses.replace(study, run=build.resolve(study.run), connectors=[run.connector for run in runs])
+    own = build.resolve(dataclasses.replace(study.run, connector=dataclasses.replace(study.run.connector, lr=None)))
+    return dataclasses.replace(study, run=own, connectors=[run.connector for run in runs])
 
 
 def plan(study: SweepConfig, out: Path) -> list[Trial]:
@@ -64,13 +71,15 @@ def plan(study: SweepConfig, out: Path) -> list[Trial]:
     """
     if not study.connectors or not study.seeds:
         raise ValueError("a study needs at least one entry in 'connectors' and one in 'seeds'")
-    connectors = labels(study.connectors)
+    connectors = labels(study.candidates())
+    baselines = {sees: name for name, sees in SIGHT.items()}
     encoders = labels(study.encoders or [study.run.encoder])
     llms = labels(study.llms or [study.run.llm])
     trials: dict[str, Trial] = {}
     for run in study.trials():
         name = config_hash(run)
-        parts = connectors[_key(run.connector)], encoders[_key(run.encoder)], llms[_key(run.llm)]
+        connector = baselines[run.sees] if run.sees in baselines else connectors[_key(run.connector)]
+        parts = connector, encoders[_key(run.encoder)], llms[_key(run.llm)]
         trial = Trial(run, out / "trials" / name, *parts)
         if name in trials:
             raise ValueError(f"the study holds one trial twice: {trial.title}")

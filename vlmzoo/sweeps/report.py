@@ -2,38 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from importlib import resources
 from string import Template
 from typing import Any
 
 from vlmzoo import __version__
-from vlmzoo.config import SweepConfig, dump
+from vlmzoo.config import SIGHT, SweepConfig, dump
+from vlmzoo.evaluation.metrics import exact_match
 from vlmzoo.sweeps import charts
 from vlmzoo.sweeps.curves import curves
 from vlmzoo.sweeps.plan import Trial
+from vlmzoo.sweeps.samples import Sample, samples
 from vlmzoo.sweeps.summary import Summary
-from vlmzoo.sweeps.table import accuracy, count, duration
+from vlmzoo.sweeps.table import MEASURES, accuracy, count, duration
 
 Row = dict[str, Any]
+
+COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("visual tokens an image", "visual_tokens", count),
+    ("parameters of the connector", "trainable_parameters", count),
+    ("training FLOPs", "train_flops", count),
+    ("seconds a trial", "seconds", duration),
+)
 
 
 def render(title: str, study: SweepConfig, trials: Sequence[Trial], summary: Summary) -> str:
     """The page as HTML."""
     template = Template((resources.files("vlmzoo.sweeps") / "report.html").read_text(encoding="utf-8"))
     rows = summary["rows"]
-    colours = {name: index for index, name in enumerate(dict.fromkeys(trial.connector for trial in trials))}
+    connectors = [trial for trial in trials if not trial.is_baseline]
+    colours = {name: index for index, name in enumerate(dict.fromkeys(trial.connector for trial in connectors))}
     nothing = '<p class="note">No trial has finished yet.</p>'
     return template.substitute(
         title=escape(title),
         facts=_facts(trials),
-        finding=_finding(rows),
+        finding=_finding(summary),
         warning=_warning(trials),
-        accuracy=_accuracy(rows, colours) if rows else nothing,
+        accuracy=_accuracy(summary, colours) if rows else nothing,
+        measures=_measures(summary),
         table=_table(rows, colours) if rows else nothing,
-        capabilities=_capabilities(rows, colours) if rows else nothing,
-        curves=_curves(trials, colours) or nothing,
+        capabilities=_capabilities(summary, colours) if rows else nothing,
+        costs=_costs(rows, colours) if rows else nothing,
+        curves=_curves(connectors, colours) or nothing,
+        samples=_samples(samples(trials), colours) or nothing,
         stages=_stages(study),
         recipe=escape(dump(study)),
         version=__version__,
@@ -44,16 +57,40 @@ def _facts(trials: Sequence[Trial]) -> str:
     def some(number: int, noun: str) -> str:
         return f"{number} {noun}{'' if number == 1 else 's'}"
 
-    connectors, seeds = {trial.connector for trial in trials}, {trial.seed for trial in trials}
-    pairs = dict.fromkeys(f"{trial.encoder} → {trial.llm}" for trial in trials)
+    arms = [trial for trial in trials if not trial.is_baseline]
+    connectors, seeds = {trial.connector for trial in arms}, {trial.seed for trial in arms}
+    pairs = dict.fromkeys(f"{trial.encoder} → {trial.llm}" for trial in arms)
     facts = [some(len(connectors), "connector"), some(len(seeds), "seed"), some(len(trials), "trial"), *pairs]
     return " · ".join(map(escape, facts))
 
 
-def _finding(rows: Sequence[Row]) -> str:
-    """What the intervals let one say of the best arm."""
+def _finding(summary: Summary) -> str:
+    """What the intervals let one say of the best arm, and of all against the blind one."""
+    rows = summary["rows"]
     if not rows:
         return "Nothing to compare yet."
+    return f"{_order(rows)}{_above_blind(summary)}"
+
+
+def _above_blind(summary: Summary) -> str:
+    blind, rows = summary["blind"]["accuracy"], summary["rows"]
+    if blind is None or any(row["ci95"] is None for row in rows):
+        return ""
+    by_llm = summary["blind"]["by_llm"]
+    below = [_title(row, rows) for row in rows if row["ci95"][0] <= by_llm[row["llm"]]["accuracy"]]
+    if below:
+        return f" Not shown to use the image at all: {', '.join(below)}."
+    closed = [row["gap_closed"] for row in rows if row["gap_closed"] is not None]
+    gap = f" The way from there to the text oracle is closed by {_span(closed)} %." if closed else ""
+    return f" Every interval lies above the {100 * blind:.1f} % that answering blind reaches.{gap}"
+
+
+def _span(shares: Sequence[float]) -> str:
+    low, high = (f"{100 * share:.0f}" for share in (min(shares), max(shares)))
+    return low if low == high else f"{low} to {high}"
+
+
+def _order(rows: Sequence[Row]) -> str:
     best = rows[0]
     lead = f"<b>{_title(best, rows)}</b> {'leads with' if len(rows) > 1 else 'reaches'} {accuracy(best)} %"
     if len(rows) == 1:
@@ -76,20 +113,79 @@ def _warning(trials: Sequence[Trial]) -> str:
     return f'<p class="warn">{len(missing)} of {len(trials)} trials have no result and are left out: {named}.</p>'
 
 
-def _accuracy(rows: Sequence[Row], colours: dict[str, int]) -> str:
-    estimates = []
-    for row in rows:
-        low, high = row["ci95"] or (None, None)
-        estimates.append(
-            charts.Estimate(
-                _name(row, rows),
-                100 * row["accuracy"],
-                None if low is None else 100 * low,
-                None if high is None else 100 * high,
-                colours[row["connector"]],
+def _accuracy(summary: Summary, colours: dict[str, int]) -> str:
+    rows = summary["rows"]
+    found = [(name, summary[name]["accuracy"]) for name in SIGHT]
+    marks = [charts.Mark(name, 100 * value) for name, value in found if value is not None]
+    return charts.dot_plot([_estimate(row, rows, colours) for row in rows], marks)
+
+
+def _estimate(row: Row, rows: Sequence[Row], colours: dict[str, int]) -> charts.Estimate:
+    low, high = row["ci95"] or (None, None)
+    return charts.Estimate(
+        _name(row, rows),
+        100 * row["accuracy"],
+        None if low is None else 100 * low,
+        None if high is None else 100 * high,
+        colours[row["connector"]],
+    )
+
+
+def _measures(summary: Summary) -> str:
+    """What the accuracies can be held against."""
+    said = []
+    if (blind := summary["blind"]["accuracy"]) is not None:
+        said.append(f"<b>blind</b> ({100 * blind:.1f} %) is the LLM trained on the same data without the images")
+    if (oracle := summary["oracle"]["accuracy"]) is not None:
+        said.append(f"<b>oracle</b> ({100 * oracle:.1f} %) the one that reads a description instead")
+    if (frequent := summary["frequent"]["accuracy"]) is not None:
+        said.append(f"the commonest answer of each capability is right in {100 * frequent:.1f} %")
+    shuffled = [row["shuffled"] for row in summary["rows"] if row["shuffled"] is not None]
+    if shuffled:
+        said.append(f"with the images of other questions the connectors reach {_span(shuffled)} %")
+    return f"{'; '.join(said)}." if said else ""
+
+
+def _costs(rows: Sequence[Row], colours: dict[str, int]) -> str:
+    panels = []
+    for title, key, form in COSTS:
+        known = [row for row in rows if row[key]]
+        points = [charts.Point(row[key], _estimate(row, rows, colours)) for row in known]
+        if points:
+            panels.append(charts.scatter(title, points, form))
+    used = list(dict.fromkeys(row["connector"] for row in rows))
+    legend = charts.legend([(name, colours[name]) for name in used])
+    return f'{legend}<div class="panels">{"".join(panels)}</div>'
+
+
+def _samples(found: Sequence[Sample], colours: dict[str, int]) -> str:
+    """Cards that can be narrowed to a capability, and to those about which connectors disagree."""
+    if not found:
+        return ""
+    names = list(dict.fromkeys(sample.capability for sample in found))
+    buttons = [f'<button data-capability="{escape(name)}">{escape(name.replace("_", " "))}</button>' for name in names]
+    cards = []
+    for sample in found:
+        image = f'<img src="{sample.image}" alt="" loading="lazy">' if sample.image else '<p class="note">no image</p>'
+        lines = []
+        for arm, answer in sample.answers.items():
+            right = exact_match(answer, sample.expected)
+            chip = f'<b class="chip" style="{charts.colour(colours[arm])}"></b>' if arm in colours else ""
+            mark, kind = ("✓", "right") if right else ("✗", "wrong")
+            lines.append(
+                f'<tr class="{kind}"><td>{chip}{escape(arm)}</td><td>{escape(answer) or "–"}</td><td>{mark}</td></tr>'
             )
+        cards.append(
+            f'<article data-capability="{escape(sample.capability)}" data-mixed="{int(sample.disagree)}">{image}'
+            f"<p><b>{escape(sample.prompt.replace('<image>', '').strip())}</b><br>"
+            f'<span class="part">{escape(sample.capability)}: {escape(sample.expected)}</span></p>'
+            f"<table>{''.join(lines)}</table></article>"
         )
-    return charts.dot_plot(estimates)
+    return (
+        f'<div class="filter"><button data-capability="" class="on">all</button>{"".join(buttons)}'
+        f'<label><input type="checkbox" id="mixed"> only where they disagree</label></div>'
+        f'<div class="cards">{"".join(cards)}</div>'
+    )
 
 
 def _varied(row: Row, rows: Sequence[Row]) -> str:
@@ -113,7 +209,8 @@ def _table(rows: Sequence[Row], colours: dict[str, int]) -> str:
     def optional(value: float | None, form: str) -> str:
         return "–" if value is None else format(value, form)
 
-    header = ["accuracy, %", "95 % interval", "seeds", "visual tokens", "parameters", "samples/s", "memory", "time"]
+    header = ["accuracy, %", "95 % interval", "gap closed", "seeds", "visual tokens", "parameters"]
+    header += ["training FLOPs", "samples/s", "memory", "time"]
     lines = []
     for row in rows:
         interval = "–" if row["ci95"] is None else " – ".join(f"{100 * bound:.1f}" for bound in row["ci95"])
@@ -122,9 +219,11 @@ def _table(rows: Sequence[Row], colours: dict[str, int]) -> str:
             [
                 f"{100 * row['accuracy']:.1f}",
                 interval,
+                "–" if row["gap_closed"] is None else f"{100 * row['gap_closed']:.0f} %",
                 str(len(row["seeds"])),
                 optional(row["visual_tokens"], ",d"),
                 count(row["trainable_parameters"]),
+                count(row["train_flops"]),
                 optional(row["samples_per_second"], ",.0f"),
                 "–" if memory is None else f"{memory / 2**30:.2f} GiB",
                 duration(row["seconds"]),
@@ -142,7 +241,8 @@ def _chip(row: Row, rows: Sequence[Row], colours: dict[str, int]) -> str:
     return f'<td class="name"><b class="chip" style="{style}"></b>{_name(row, rows)}</td>'
 
 
-def _capabilities(rows: Sequence[Row], colours: dict[str, int]) -> str:
+def _capabilities(summary: Summary, colours: dict[str, int]) -> str:
+    rows = summary["rows"]
     names = list(rows[0]["capabilities"])
     values = [row["capabilities"][name] for row in rows for name in names]
     low, span = min(values), max(max(values) - min(values), 1e-9)
@@ -155,6 +255,10 @@ def _capabilities(rows: Sequence[Row], colours: dict[str, int]) -> str:
             shade = f"background:color-mix(in srgb, var(--heat) {strength:.0f}%, var(--card))"
             cells.append(f'<td class="cell" style="{shade}">{100 * value:.0f}</td>')
         body.append(f"<tr>{_chip(row, rows, colours)}{''.join(cells)}</tr>")
+    for baseline, label in MEASURES.items():
+        if (scores := summary[baseline]["capabilities"]) is not None:
+            line = "".join(f'<td class="cell">{100 * scores[name]:.0f}</td>' for name in names)
+            body.append(f'<tr class="baseline"><td class="name">{label}</td>{line}</tr>')
     head = "".join(f"<th>{escape(name.replace('_', ' '))}</th>" for name in names)
     return f'<table class="heat"><tr><th class="name">connector</th>{head}</tr>{"".join(body)}</table>'
 

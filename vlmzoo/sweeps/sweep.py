@@ -11,9 +11,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from vlmzoo import world
 from vlmzoo.config import SweepConfig, dump, load
 from vlmzoo.files import locked, write_whole
-from vlmzoo.sweeps import report, summary
+from vlmzoo.sweeps import figure, report, summary
 from vlmzoo.sweeps.engine import Command, Failure, default_workers, execute
 from vlmzoo.sweeps.metrics import fraction
 from vlmzoo.sweeps.plan import Trial, plan
@@ -37,6 +38,7 @@ def sweep(study: SweepConfig, out: Path, command: Command, *, workers: int | Non
         ValueError: another sweep is running in `out`, or the study gives its trials what all of them refuse.
     """
     trials = plan(study, out)
+    summary.refuse_other_worlds(trials, world.VERSION)
     with locked(out):
         write_whole(out / "study.yaml", dump(study))
         waiting = [trial for trial in trials if trial.result() is None]
@@ -59,6 +61,7 @@ def write_report(out: Path) -> summary.Summary:
     trials = plan(study, out)
     found = summary.summarise(trials)
     summary.write(found, out)
+    write_whole(out / "figure.svg", figure.render(found))
     write_whole(out / "report.html", report.render(out.resolve().name, study, trials, found))
     return found
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 WIDTH = 110
+MEASURES = {"oracle": "text oracle", "blind": "blind", "frequent": "commonest answer"}
+"""What connectors are held against, by its name in the summary."""
 SHORTEST_HEADER = 4
 
 
@@ -17,23 +19,30 @@ def render(summary: dict[str, Any]) -> str:
     capabilities = list(rows[0]["capabilities"])
     shared = {key: len({row[key] for row in rows}) == 1 for key in ("encoder", "llm")}
     for length in range(max(map(len, [*capabilities, "x" * SHORTEST_HEADER])), SHORTEST_HEADER - 1, -1):
-        table = _table(rows, capabilities, length, [key for key, same in shared.items() if not same])
+        table = _table(summary, capabilities, length, [key for key, same in shared.items() if not same])
         if len(table.partition("\n")[0]) <= WIDTH:
             break
     common = ", ".join(str(rows[0][key]) for key, same in shared.items() if same)
     seeds = sorted({seed for row in rows for seed in row["seeds"]})
     plural = "seeds" if len(seeds) > 1 else "seed"
     note = f"accuracy in % ± 95 % interval; {plural} {', '.join(map(str, seeds))}"
+    if any(row["gap_closed"] is not None for row in rows):
+        note = f"gap: how much of the way from blind to oracle, in %; {note}"
     return f"{table}\n{note}{f'; {common}' if common else ''}"
 
 
-def _table(rows: Sequence[dict[str, Any]], capabilities: Sequence[str], length: int, parts: Sequence[str]) -> str:
-    header = ["connector", *parts, "accuracy", *(name[:length] for name in capabilities), "tokens", "params", "time"]
+def _table(summary: dict[str, Any], capabilities: Sequence[str], length: int, parts: Sequence[str]) -> str:
+    """Connectors, best first; below them what they are held against."""
+    rows = summary["rows"]
+    gap = any(row["gap_closed"] is not None for row in rows)
+    header = ["connector", *parts, "accuracy", *(["gap"] if gap else []), *(name[:length] for name in capabilities)]
+    header += ["tokens", "params", "time"]
     lines = [
         [
             row["connector"],
             *(row[part] for part in parts),
             accuracy(row),
+            *(["–" if row["gap_closed"] is None else f"{100 * row['gap_closed']:.0f}"] if gap else []),
             *(f"{100 * row['capabilities'][name]:.0f}" for name in capabilities),
             "–" if row["visual_tokens"] is None else str(row["visual_tokens"]),
             count(row["trainable_parameters"]),
@@ -41,6 +50,11 @@ def _table(rows: Sequence[dict[str, Any]], capabilities: Sequence[str], length: 
         ]
         for row in rows
     ]
+    for name, label in MEASURES.items():
+        if (found := summary[name])["accuracy"] is not None:
+            scores = [f"{100 * found['capabilities'][capability]:.0f}" for capability in capabilities]
+            mean = f"{100 * found['accuracy']:.1f}".ljust(len(lines[0][1 + len(parts)]))
+            lines.append([label, *[""] * len(parts), mean, *([""] if gap else []), *scores, "", "", ""])
     return align(header, lines, num_left=1 + len(parts))
 
 
@@ -70,7 +84,7 @@ def count(number: float | None) -> str:
     """`1.2M`: three digits and a unit."""
     if number is None:
         return "–"
-    for unit, size in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)):
         if number >= size:
             return f"{number / size:.3g}{unit}"
     return f"{number:.0f}"

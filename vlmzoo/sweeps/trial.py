@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmzoo import build
-from vlmzoo.config import EvaluationConfig, RunConfig, config_hash, dump, load
+from vlmzoo import build, world
+from vlmzoo.config import EvaluationConfig, RunConfig, Sight, config_hash, dump, load
 from vlmzoo.connector import ImageLayout
 from vlmzoo.evaluation.evaluate import evaluate, write_predictions
 from vlmzoo.evaluation.metrics import score
@@ -27,7 +27,7 @@ from vlmzoo.sweeps.plan import read_result
 from vlmzoo.training.run import moves_vision, train
 from vlmzoo.training.stages import num_steps
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def run_trial(run: RunConfig, out: Path, cache: Path | None = None) -> dict[str, Any]:
@@ -55,10 +55,13 @@ def run_trial(run: RunConfig, out: Path, cache: Path | None = None) -> dict[str,
         check_data(run, model, processor)
         training = train(model, processor, run, out, cache)
         cache = None if moves_vision(run, len(run.stages) - 1) else cache
-        evaluation = {
-            task: evaluate_task(model, processor, config, out / "predictions" / f"{task}.jsonl", cache)
-            for task, config in run.evaluation.items()
-        }
+        evaluation, shuffled = {}, {}
+        for task, config in run.evaluation.items():
+            file = out / "predictions" / f"{task}.jsonl"
+            evaluation[task] = evaluate_task(model, processor, config, file, cache, run.sees)
+            if config.shuffled:
+                other = out / "predictions" / f"{task}.shuffled.jsonl"
+                shuffled[task] = evaluate_task(model, processor, config, other, cache, shuffled=True)
         save(model, processor, out / "model")
         result = {
             "schema": SCHEMA,
@@ -67,9 +70,13 @@ def run_trial(run: RunConfig, out: Path, cache: Path | None = None) -> dict[str,
             "encoder": run.encoder.name,
             "llm": run.llm.name,
             "seed": run.seed.init,
+            "sees": run.sees,
+            "world": world_version(run),
             "evaluation": evaluation,
+            "shuffled": shuffled,
             "visual_tokens": num_visual_tokens(model),
             "trainable_parameters": sum(parameter.numel() for parameter in model.connector.parameters()),
+            "train_flops": training.flops,
             "samples_per_second": training.samples_per_second,
             "seconds": earlier + time.perf_counter() - start,
             "peak_memory_bytes": peak_memory_bytes(),
@@ -97,13 +104,20 @@ def refuse_other_run(run: RunConfig, out: Path) -> None:
 def check_data(run: RunConfig, model: VisionLanguageModel, processor: VisionLanguageProcessor) -> None:
     """Raises a ValueError for data that a later stage or the evaluation would refuse, before the first stage starts."""
     for name, stage in run.stages.items():
-        num_records = len(SampleSet(model, processor, stage.data))
+        num_records = len(SampleSet(model, processor, stage.data, sees=run.sees))
         try:
             num_steps(stage, num_records)
         except ValueError as error:
             raise ValueError(f"stages.{name}: {error}") from None
     for task in run.evaluation.values():
-        SampleSet(model, processor, task.data)
+        SampleSet(model, processor, task.data, sees=run.sees)
+
+
+def world_version(run: RunConfig) -> int | None:
+    """The version of the embedded world, where the run uses any of it."""
+    data = [stage.data for stage in run.stages.values()] + [task.data for task in run.evaluation.values()]
+    names = [run.encoder.name, run.llm.name, *(item.path for item in data)]
+    return world.VERSION if any(name and name.startswith("world:") for name in names) else None
 
 
 def new_model(run: RunConfig) -> tuple[VisionLanguageModel, VisionLanguageProcessor]:
@@ -119,12 +133,19 @@ def evaluate_task(
     config: EvaluationConfig,
     predictions_file: Path | None = None,
     cache: Path | None = None,
+    sees: Sight = "image",
+    *,
+    shuffled: bool = False,
 ) -> dict[str, Any]:
-    """The scores of one task; the predictions are written where a file is given."""
-    data = SampleSet(model, processor, config.data, cache)
+    """The scores of one task; the predictions are written where a file is given.
+
+    Args:
+        shuffled: ask the first `config.shuffled` questions, each with the images of another.
+    """
+    data = SampleSet(model, processor, config.data, cache, sees)
     predictions = evaluate(
         model,
-        data.samples(range(len(data)), generation=True),
+        data.shuffled(config.shuffled) if shuffled else data.samples(range(len(data)), generation=True),
         partial(data.batch, padding_side="left"),
         tokenizer=processor.tokenizer,
         template=config.data.template,

@@ -72,6 +72,12 @@ class Log:
         seconds = sum(line["seconds"] for line in self.lines)
         return sum(line["samples"] for line in self.lines) / seconds if seconds else None
 
+    @property
+    def flops(self) -> int | None:
+        """Of all stages: what the first step of each took, times its steps; None: none was taken."""
+        first = [line["flops"] * line["num_steps"] for line in self.lines if line["step"] == 0]
+        return sum(first) if first else None
+
     def final_loss(self) -> dict[str, float]:
         """Stage -> mean loss of its last steps."""
         losses: dict[str, list[float]] = {}

@@ -6,13 +6,14 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from vlmzoo.config import RunConfig, StageConfig, config_hash
 from vlmzoo.data.order import batches
@@ -31,6 +32,7 @@ class TrainingResult:
     samples_per_second: float | None  # None: no stage takes a step
     final_loss: dict[str, float]  # stage -> mean over its last steps
     trainable_parameters: dict[str, int]  # stage -> how many its optimizer holds
+    flops: int | None  # of all steps, by the first one of each stage; None: no stage takes a step
 
 
 def train(
@@ -49,7 +51,7 @@ def train(
     log = Log(out / "metrics.jsonl", position.total)
     trainable: dict[str, int] = {}
     for index, (name, stage) in enumerate(run.stages.items()):
-        data = SampleSet(model, processor, stage.data, cache=None if moves_vision(run, index) else cache)
+        data = SampleSet(model, processor, stage.data, None if moves_vision(run, index) else cache, run.sees)
         total = num_steps(stage, len(data))
         if total == 0:
             continue
@@ -73,9 +75,12 @@ def train(
                 began = time.perf_counter()
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * rate(stage, step, total)
-                with seeded(run.seed.dropout, index, step):
+                counter = flop_counter() if step == 0 else nullcontext()
+                with seeded(run.seed.dropout, index, step), counter:
                     where = f"stage {name}, step {step}: "
                     figures = take_step(model, optimizer, data, next(order), stage, run.dtype, where)
+                if isinstance(counter, FlopCounterMode):
+                    figures["flops"] = counter.get_total_flops()
                 position = Progress(index, step + 1, before + step + 1)
                 log.write(
                     {
@@ -98,7 +103,7 @@ def train(
         checkpoint.restore(model, weights)  # every stage lies behind
     log.close()
     model.eval().requires_grad_(False)
-    return TrainingResult(log.samples_per_second, log.final_loss(), trainable)
+    return TrainingResult(log.samples_per_second, log.final_loss(), trainable, log.flops)
 
 
 def take_step(
@@ -149,6 +154,18 @@ def trained_weights(model: nn.Module, run: RunConfig, index: int) -> dict[str, T
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     kept = set(model.state_dict())
     return {name: value for name, value in named.items() if name.split(".")[0] in parts and name in kept}
+
+
+def flop_counter() -> FlopCounterMode:
+    """Counts what passes forward and backward, attention on a CPU included, which torch leaves out."""
+    aten = torch.ops.aten
+    on_cpu: dict[Any, Any] = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
+        ),
+    }
+    return FlopCounterMode(display=False, custom_mapping=on_cpu)
 
 
 @contextmanager

@@ -5,9 +5,15 @@ import hashlib
 import json
 from pathlib import Path
 
-VERSION = 1  # raised with every change that alters scenes, texts or pixels: old files are then never used again
-MODELS = ("clip", "llama")
-DATASETS = {"captions": 12_000, "conversations": 12_000, "questions": 1_400}  # name: default number of records
+VERSION = 2  # raised with every change that alters scenes, texts or pixels: old files are then never used again
+ENCODERS = ("clip", "siglip")
+MODELS = (*ENCODERS, "llama", "qwen")
+DATASETS = {
+    "captions": 12_000,
+    "conversations": 12_000,
+    "questions": 1_400,
+    "validation": 720,
+}  # name: default number of records
 
 _SHIPPED = Path(__file__).parent / "models"
 
@@ -19,8 +25,7 @@ def path(name: str, directory: Path = _SHIPPED) -> Path:
         ValueError: no model has this name, or a file is missing or not the one that was shipped.
     """
     if name not in MODELS:
-        nearest = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown world model {name!r}, expected one of {', '.join(MODELS)}; nearest is {nearest!r}")
+        raise unknown_model(name)
     model = directory / name
     manifest = model / "manifest.json"
     if not manifest.is_file():
@@ -30,6 +35,12 @@ def path(name: str, directory: Path = _SHIPPED) -> Path:
         if found != digest:
             raise ValueError(f"{model / file} does not match its hash: found {found[:12]}, expected {digest[:12]}")
     return model
+
+
+def unknown_model(name: str) -> ValueError:
+    """The error for a name that no world model has."""
+    nearest = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.0)[0]
+    return ValueError(f"unknown world model {name!r}, expected one of {', '.join(MODELS)}; nearest is {nearest!r}")
 
 
 def sha256(file: Path) -> str:

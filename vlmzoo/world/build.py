@@ -4,15 +4,17 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionModel, SiglipVisionModel
 
-from vlmzoo.world import MODELS, VERSION, sha256
+from vlmzoo.world import ENCODERS, MODELS, VERSION, sha256, unknown_model
 from vlmzoo.world.encoder import image_processor, retrieval, train_encoder
 from vlmzoo.world.language import answer_accuracy, train_language_model
 
-NUM_STEPS = {"clip": 1200, "llama": 2800}
+NUM_STEPS = {"clip": 6_000, "siglip": 6_000, "llama": 12_000, "qwen": 12_000}
 NUM_QUESTIONS = 400  # a capability
 NUM_GROUPS = 16  # of 64 captions
 
@@ -26,9 +28,10 @@ def build(only: str | None, out: Path, *, seed: int = 0, num_steps: int | None =
 
     Raises:
         ValueError: no model has this name, or `out` holds a model or checkpoint of another recipe.
+        OSError: the disk is full; the checkpoint before stands, and the same call continues from it.
     """
     if only is not None and only not in MODELS:
-        raise ValueError(f"unknown world model {only!r}, expected one of {', '.join(MODELS)}")
+        raise unknown_model(only)
     return [_build(name, out, seed, num_steps or NUM_STEPS[name]) for name in MODELS if only in (None, name)]
 
 
@@ -42,8 +45,10 @@ def _build(name: str, out: Path, seed: int, num_steps: int) -> Path:
         return target
     aside = out / f"{name}.writing"
     shutil.rmtree(aside, ignore_errors=True)
-    write = _write_encoder if name == "clip" else _write_language_model
-    quality = write(aside, checkpoint, num_steps, seed, recipe)
+    write = _write_encoder if name in ENCODERS else _write_language_model
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(1)  # sums are split among threads: weights must not depend on how many cores there are
+    quality = write(name, aside, checkpoint, num_steps, seed, recipe, device)
     (aside / "quality.json").write_text(json.dumps(recipe | quality, indent=1) + "\n")
     hashes = {file.name: sha256(file) for file in sorted(aside.iterdir())}
     (aside / "manifest.json").write_text(json.dumps({"recipe": recipe, "sha256": hashes}, indent=1) + "\n")
@@ -53,21 +58,22 @@ def _build(name: str, out: Path, seed: int, num_steps: int) -> Path:
 
 
 def _write_encoder(
-    aside: Path, checkpoint: Path, num_steps: int, seed: int, recipe: dict[str, object]
+    name: str, aside: Path, checkpoint: Path, num_steps: int, seed: int, recipe: dict[str, object], device: str
 ) -> dict[str, object]:
-    reader, seconds = train_encoder(checkpoint, num_steps, seed, recipe)
-    vision = CLIPVisionModel(reader.clip.vision_model.config)
-    vision.load_state_dict(reader.clip.vision_model.state_dict())
+    reader, seconds = train_encoder(name, checkpoint, num_steps, seed, recipe, device)
+    tower: Any = reader.model.vision_model
+    vision = (CLIPVisionModel if name == "clip" else SiglipVisionModel)(tower.config)
+    vision.load_state_dict(tower.state_dict())
     vision.save_pretrained(aside)
-    image_processor().save_pretrained(aside)
+    image_processor(name).save_pretrained(aside)
     score = retrieval(reader, NUM_GROUPS, seed)
     return {"retrieval_of_64": round(score, 4), "seconds": round(seconds), "parameters": num_parameters(vision)}
 
 
 def _write_language_model(
-    aside: Path, checkpoint: Path, num_steps: int, seed: int, recipe: dict[str, object]
+    name: str, aside: Path, checkpoint: Path, num_steps: int, seed: int, recipe: dict[str, object], device: str
 ) -> dict[str, object]:
-    model, tokenizer, seconds = train_language_model(checkpoint, num_steps, seed, recipe)
+    model, tokenizer, seconds = train_language_model(name, checkpoint, num_steps, seed, recipe, device)
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     scores = answer_accuracy(model, tokenizer, NUM_QUESTIONS, seed)

@@ -6,17 +6,17 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
 
 from PIL import Image
 
 from vlmzoo.world import DATASETS, VERSION
-from vlmzoo.world.scenes import Scene, draw, sample_scene
-from vlmzoo.world.text import CAPABILITIES, CAPTION_REQUEST, Question, ask, caption, conversation
+from vlmzoo.world.scenes import Scene, Split, draw, sample_scene
+from vlmzoo.world.text import CAPABILITIES, CAPTION_REQUEST, TAUGHT, Question, caption, conversation, sample_question
 
-NUM_TURNS = 6  # of a stage-2 conversation: an image costs 81 tokens, a turn about a dozen
+NUM_TURNS = 6  # of a stage-2 conversation: an image costs 36 tokens, a turn about a dozen
 
 Example = tuple[Scene, list[Question]]
 
@@ -35,20 +35,29 @@ def conversations(rng: random.Random) -> Iterator[Example]:
         yield scene, conversation(scene, rng, NUM_TURNS)
 
 
-def questions(rng: random.Random) -> Iterator[Example]:
-    """Endless evaluation scenes, one question each: capabilities in turn, existence answered yes and no in turn."""
+def _asked(rng: random.Random, split: Split, capabilities: Sequence[str]) -> Iterator[Example]:
+    """Endless scenes of `split`, one question each: capabilities in turn, existence answered yes and no in turn."""
     for number in count():
-        capability = CAPABILITIES[number % len(CAPABILITIES)]
-        wanted = ("yes", "no")[number // len(CAPABILITIES) % 2] if capability == "existence" else None
+        capability = capabilities[number % len(capabilities)]
+        wanted = ("yes", "no")[number // len(capabilities) % 2] if capability == "existence" else None
         while True:
-            scene = sample_scene(rng, "evaluation")
-            question = ask(scene, capability, rng)
-            if question is not None and wanted in (None, question.answer):
+            scene, question = sample_question(rng, split, capability)
+            if wanted in (None, question.answer):
                 break
         yield scene, [question]
 
 
-SOURCES = {"captions": captions, "conversations": conversations, "questions": questions}
+def questions(rng: random.Random) -> Iterator[Example]:
+    """What models are compared by: evaluation scenes, every capability."""
+    return _asked(rng, "evaluation", CAPABILITIES)
+
+
+def validation(rng: random.Random) -> Iterator[Example]:
+    """What learning rates are chosen by: scenes of their own, without rare combinations."""
+    return _asked(rng, "validation", TAUGHT)
+
+
+SOURCES = {"captions": captions, "conversations": conversations, "questions": questions, "validation": validation}
 
 
 def examples(name: str, size: int, seed: int) -> Iterator[Example]:
@@ -85,8 +94,8 @@ def write_dataset(name: str, directory: Path, size: int, seed: int) -> Path:
         (aside / "images").mkdir()
         records = []
         for number, (scene, turns) in enumerate(stream):
-            record = _record(f"{name}-{number:06d}", turns)
-            if name == "questions":
+            record = _record(f"{name}-{number:06d}", scene, turns)
+            if name in ("questions", "validation"):
                 record["capability"] = turns[0].capability
             Image.fromarray(draw(scene)).save(aside / "images" / str(record["image"]), compress_level=1)
             records.append(record)
@@ -101,10 +110,15 @@ def write_dataset(name: str, directory: Path, size: int, seed: int) -> Path:
     return file
 
 
-def _record(identity: str, turns: list[Question]) -> dict[str, object]:
-    """One record of LLaVA's format, the image in its first turn."""
+def _record(identity: str, scene: Scene, turns: list[Question]) -> dict[str, object]:
+    """One record of LLaVA's format, the image in its first turn; `description` is all that can be said of the image."""
     values = []
     for number, turn in enumerate(turns):
         values.append({"from": "human", "value": turn.text if number else f"<image>\n{turn.text}"})
         values.append({"from": "gpt", "value": turn.answer})
-    return {"id": identity, "image": f"{identity}.png", "conversations": values}
+    return {
+        "id": identity,
+        "image": f"{identity}.png",
+        "conversations": values,
+        "description": caption(scene),
+    }

@@ -1,29 +1,40 @@
-"""The world's image encoder: a small CLIP trained on pictures and captions, contrastively."""
+"""The world's image encoders: a small CLIP and a small SigLIP trained on pictures and captions, contrastively."""
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerFast
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
+)
 
 from vlmzoo.world.fitting import fit
 from vlmzoo.world.scenes import CELL, GRID, IMAGE_SIZE, Scene, alter, draw, sample_scene
 from vlmzoo.world.text import caption, describe
 from vlmzoo.world.tokenizer import BOS_ID, EOS_ID, PAD_ID, build_tokenizer
 
-PATCH = 8
-BATCH = 48
+PATCH = 12
+WIDTH = 128
+BATCH = 64
 CAPTION_TOKENS = 24  # <s>, four objects of five words, </s>
+PEAK = 1e-3  # learning rate
 
 
-def encoder_config(vocab_size: int) -> CLIPConfig:
-    """About 1M parameters: vision of four layers, text of two, both 128 wide."""
-    tower = {"hidden_size": 128, "num_attention_heads": 4, "projection_dim": 128}
-    vision = {"intermediate_size": 512, "num_hidden_layers": 4, "image_size": IMAGE_SIZE, "patch_size": PATCH}
-    text = {
+def new_model(name: str, vocab_size: int) -> CLIPModel | SiglipModel:
+    """About 1.2M parameters: vision of four layers, text of two, all 128 wide."""
+    tower: dict[str, Any] = {"hidden_size": WIDTH, "num_attention_heads": 4}
+    vision = tower | {"intermediate_size": 512, "num_hidden_layers": 4, "image_size": IMAGE_SIZE, "patch_size": PATCH}
+    text = tower | {
         "intermediate_size": 256,
         "num_hidden_layers": 2,
         "vocab_size": vocab_size,
@@ -32,47 +43,81 @@ def encoder_config(vocab_size: int) -> CLIPConfig:
         "eos_token_id": EOS_ID,
         "pad_token_id": PAD_ID,
     }
-    return CLIPConfig(vision_config=tower | vision, text_config=tower | text, projection_dim=128)
+    # On a CPU attention written out is faster at these lengths than the fused one.
+    if name == "siglip":
+        model = SiglipModel._from_config(
+            SiglipConfig(vision_config=vision, text_config=text | {"projection_size": WIDTH}),
+            attn_implementation="eager",
+        )
+        # Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training (2023), section 3.2.
+        nn.init.constant_(model.logit_scale, float(np.log(10)))
+        nn.init.constant_(model.logit_bias, -10)
+        return model
+    projection: dict[str, Any] = {"projection_dim": WIDTH}
+    config = CLIPConfig(vision_config=vision | projection, text_config=text | projection, **projection)
+    return CLIPModel._from_config(config, attn_implementation="eager")
 
 
-def image_processor() -> CLIPImageProcessorPil:
-    """Resizes and crops to the world's 72 pixels, normalised as CLIP does."""
-    return CLIPImageProcessorPil(
-        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    )
+def image_processor(name: str) -> CLIPImageProcessorPil | SiglipImageProcessorPil:
+    """Resizes to the world's 72 pixels and normalises as models of this name do."""
+    if name == "siglip":
+        return SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    crop = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    return CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=crop)
 
 
 class Reader(nn.Module):
-    """A CLIPModel and the projection of its patch features that the regional objective needs in training only."""
+    """A CLIP or SigLIP and the projection of its patch features that the regional objective needs in training only."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, name: str, tokenizer: PreTrainedTokenizerFast) -> None:
         super().__init__()
         self.tokenizer = tokenizer
-        self.clip = CLIPModel(encoder_config(len(tokenizer)))
-        self.region = nn.Sequential(nn.LayerNorm(128), nn.Linear(128, 128, bias=False))
-        processor = image_processor()
-        self.mean = torch.tensor(processor.image_mean).view(3, 1, 1)
-        self.std = torch.tensor(processor.image_std).view(3, 1, 1)
+        self.model: Any = new_model(name, len(tokenizer))
+        self.region = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH, bias=False))
+        self.has_cls = name == "clip"
+        processor = image_processor(name)
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(processor.image_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(processor.image_std).view(3, 1, 1), persistent=False)
 
     def pixels(self, scenes: list[Scene]) -> Tensor:
         """Normalised pictures, equal to what the image processor makes of them."""
-        images = torch.from_numpy(np.stack([draw(scene) for scene in scenes]))
+        images = torch.from_numpy(np.stack([draw(scene) for scene in scenes])).to(self.mean.device)
         return (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
 
     def texts(self, texts: list[str]) -> Tensor:
-        """Unit embeddings of texts, (texts, 128)."""
-        tokens = self.tokenizer([text + "</s>" for text in texts], return_tensors="pt", padding=True)
-        pooled = self.clip.text_model(**tokens).pooler_output
-        return F.normalize(self.clip.text_projection(pooled), dim=-1)
+        """Unit embeddings of texts, (texts, WIDTH)."""
+        ended = [f"{text}</s>" for text in texts]
+        # SigLIP reads the last place, padding or not, so all its texts are of one length.
+        length: dict[str, Any] = {} if self.has_cls else {"max_length": CAPTION_TOKENS}
+        padding = "longest" if self.has_cls else "max_length"
+        tokens = self.tokenizer(ended, return_tensors="pt", padding=padding, **length)
+        if self.has_cls:
+            pooled = self.model.text_model(**tokens.to(self.mean.device)).pooler_output
+            return F.normalize(self.model.text_projection(pooled).float(), dim=-1)
+        pooled = self.model.text_model(input_ids=tokens["input_ids"].to(self.mean.device)).pooler_output
+        return F.normalize(pooled.float(), dim=-1)
 
     def images(self, scenes: list[Scene]) -> tuple[Tensor, Tensor]:
-        """Unit embeddings of pictures, (scenes, 128), and of their nine cells, (scenes, 9, 128)."""
-        output = self.clip.vision_model(self.pixels(scenes), output_hidden_states=True)
-        pooled = F.normalize(self.clip.visual_projection(output.pooler_output), dim=-1)
+        """Unit embeddings of pictures, (scenes, WIDTH), and of their nine cells, (scenes, 9, WIDTH)."""
+        output = self.model.vision_model(self.pixels(scenes), output_hidden_states=True)
+        pooled = self.model.visual_projection(output.pooler_output) if self.has_cls else output.pooler_output
         # A cell is read where connectors read: one layer before the last.
-        patches = output.hidden_states[-2][:, 1:].unflatten(1, (GRID, CELL // PATCH, GRID, CELL // PATCH))
-        cells = patches.mean(dim=(2, 4)).flatten(1, 2)
-        return pooled, F.normalize(self.region(cells), dim=-1)
+        patches = output.hidden_states[-2][:, int(self.has_cls) :]
+        cells = patches.unflatten(1, (GRID, CELL // PATCH, GRID, CELL // PATCH)).mean(dim=(2, 4)).flatten(1, 2)
+        return F.normalize(pooled.float(), dim=-1), F.normalize(self.region(cells).float(), dim=-1)
+
+    def match(self, images: Tensor, texts: Tensor, targets: Tensor) -> Tensor:
+        """The loss of `images` (rows, WIDTH) whose texts among `texts` (columns, WIDTH) are `targets` (rows,).
+
+        Source: CLIP: cross-entropy over the texts; SigLIP: Zhai et al. (2023), section 3.2, every pair by itself.
+        """
+        logits = self.model.logit_scale.exp().clamp(max=100) * images @ texts.T
+        if self.has_cls:
+            return F.cross_entropy(logits, targets)
+        signs = 2 * F.one_hot(targets, len(texts)) - 1
+        return -F.logsigmoid(signs * (logits + self.model.logit_bias)).sum(1).mean()
 
 
 def contrastive_loss(reader: Reader, scenes: list[Scene], changed: list[Scene]) -> Tensor:
@@ -84,18 +129,16 @@ def contrastive_loss(reader: Reader, scenes: list[Scene], changed: list[Scene]) 
     Source: Zhong et al., RegionCLIP (2022), section 3.2.
     Differs: the regions are known, not proposed.
     """
-    scale = reader.clip.logit_scale.exp().clamp(max=100)
     phrases = [describe(item) for scene in scenes for item in scene.objects]
     index = {phrase: number for number, phrase in enumerate(dict.fromkeys(phrases))}
     pooled, cells = reader.images(scenes)
     captions = reader.texts([caption(scene) for scene in [*scenes, *changed]])
-    targets = torch.arange(len(scenes))
-    logits = scale * pooled @ captions.T
-    whole = F.cross_entropy(logits, targets) + F.cross_entropy(logits[:, : len(scenes)].T, targets)
+    targets = torch.arange(len(scenes), device=pooled.device)
+    whole = reader.match(pooled, captions, targets) + reader.match(captions[: len(scenes)], pooled, targets)
     occupied = [(row, item.cell) for row, scene in enumerate(scenes) for item in scene.objects]
     rows, columns = (list(axis) for axis in zip(*occupied, strict=True))
-    regional = scale * cells[rows, columns] @ reader.texts(list(index)).T
-    return whole / 2 + F.cross_entropy(regional, torch.tensor([index[phrase] for phrase in phrases]))
+    regions = torch.tensor([index[phrase] for phrase in phrases], device=pooled.device)
+    return whole / 2 + reader.match(cells[rows, columns], reader.texts(list(index)), regions)
 
 
 @torch.no_grad()
@@ -111,7 +154,7 @@ def retrieval(reader: Reader, num_groups: int, seed: int) -> float:
             scenes[scene.key] = scene
         group = list(scenes.values())
         similarity = reader.images(group)[0] @ reader.texts([caption(scene) for scene in group]).T
-        right += int((similarity.argmax(dim=1) == torch.arange(64)).sum())
+        right += int((similarity.argmax(dim=1).cpu() == torch.arange(64)).sum())
     return right / (64 * num_groups)
 
 
@@ -131,12 +174,14 @@ def scene_batch(seed: int, step: int) -> tuple[list[Scene], list[Scene]]:
     return list(scenes.values()), changed
 
 
-def train_encoder(checkpoint: Path, num_steps: int, seed: int, recipe: dict[str, object]) -> tuple[Reader, float]:
+def train_encoder(
+    name: str, checkpoint: Path, num_steps: int, seed: int, recipe: dict[str, object], device: str = "cpu"
+) -> tuple[Reader, float]:
     """The trained model and the seconds of training."""
     torch.manual_seed(seed)
-    reader = Reader(build_tokenizer())
+    reader = Reader(name, build_tokenizer()).to(device)
 
     def loss_at(step: int) -> Tensor:
         return contrastive_loss(reader, *scene_batch(seed, step))
 
-    return reader, fit(reader, loss_at, num_steps=num_steps, peak=1e-3, recipe=recipe, directory=checkpoint)
+    return reader, fit(reader, loss_at, num_steps=num_steps, peak=PEAK, recipe=recipe, directory=checkpoint)

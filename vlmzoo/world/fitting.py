@@ -1,5 +1,6 @@
-"""The loop that trains both base models: interrupted anywhere, the same call continues to the same weights."""
+"""The loop that trains the base models: interrupted anywhere, the same call continues to the same weights."""
 
+import errno
 import json
 import math
 import os
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -35,6 +37,8 @@ def fit(
 ) -> float:
     """Seconds of training in all; `model` is trained in place from the checkpoint in `directory`, if there is one.
 
+    Forward passes run in bfloat16, weights and updates are float32.
+
     Args:
         loss_at: loss of a step; its batch must depend on the step's number alone.
         recipe: what the result depends on; a checkpoint of another recipe is refused.
@@ -42,16 +46,19 @@ def fit(
     Raises:
         ValueError: the checkpoint comes from another recipe.
         FloatingPointError: the loss is not finite.
+        OSError: a checkpoint cannot be written; the one before still stands.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
     step, seconds = _load(model, optimizer, recipe, directory)
     model.train()
+    device = next(model.parameters()).device.type
     started, saved = time.monotonic() - seconds, time.monotonic()
     with tqdm(total=num_steps, initial=step, desc=directory.name, mininterval=5) as bar:
         while step < num_steps:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, num_steps, peak)
-            loss = loss_at(step)
+            with torch.autocast(device, torch.bfloat16):
+                loss = loss_at(step)
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"loss {loss.item()} at step {step} of {directory.name}, expected finite")
             optimizer.zero_grad()
@@ -73,9 +80,15 @@ def _save(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, o
     aside, before = directory.with_suffix(".writing"), directory.with_suffix(".before")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    save_model(model, str(aside / "model.safetensors"))
-    torch.save(optimizer.state_dict(), aside / "optimizer.pt")
-    (aside / "state.json").write_text(json.dumps(state))
+    try:
+        save_model(model, str(aside / "model.safetensors"))
+        torch.save(optimizer.state_dict(), aside / "optimizer.pt")
+        (aside / "state.json").write_text(json.dumps(state))
+    except (OSError, RuntimeError, SafetensorError) as error:  # the latter two are what torch makes of a full disk
+        shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise
+        raise OSError(errno.EIO, f"cannot be written ({str(error).partition(chr(10))[0]})", str(directory)) from None
     shutil.rmtree(before, ignore_errors=True)
     if directory.exists():
         os.replace(directory, before)

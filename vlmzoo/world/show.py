@@ -11,7 +11,7 @@ from vlmzoo.world.text import CAPABILITIES, ask, caption
 
 COLUMNS, ROWS = 4, 3
 PICTURE = 216  # pixels: three times its size
-CARD = (300, 412)
+CARD = (300, 424)
 MARGIN = 20
 INK, FAINT, PAPER, CARD_PAPER = "#1d2330", "#6a7386", "#eceff4", "#ffffff"
 

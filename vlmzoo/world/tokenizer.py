@@ -5,7 +5,7 @@ import re
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from vlmzoo.world.scenes import COLORS, SHAPES, SIZES
+from vlmzoo.world.scenes import COLORS, SHAPES, SIGN, SIZES
 from vlmzoo.world.text import CAPTION_REQUEST, PLACES, PLURALS
 
 SPECIAL = ("<unk>", "<s>", "<pad>", "</s>")
@@ -21,7 +21,7 @@ CHAT_TEMPLATE = (
     "{% set text = parts.text %}{% endif %}"
     "{% if message['role'] == 'system' %}{{ text + ' ' }}"
     "{% elif message['role'] == 'user' %}{{ 'USER: ' + text + ' ASSISTANT:' }}"
-    "{% elif message['role'] == 'assistant' %}{{ ' ' + text + eos_token }}"
+    "{% elif message['role'] == 'assistant' %}{% generation %}{{ ' ' + text + eos_token }}{% endgeneration %}"
     "{% else %}{{ raise_exception('unknown role ' + message['role'] + ', expected system, user or assistant') }}"
     "{% endif %}{% endfor %}"
 )
@@ -37,7 +37,7 @@ PROMPTS = (
     "human gpt",
 )
 QUESTIONS = (
-    "Is there a ? What size color shape is the object at ? How many objects are there ? Where is ?",
+    "Is there a ? What size color shape number is the object at on ? How many objects are there ? Where is ?",
     "left or right of above or below level count any , ; . 0 1 2 3 4 5 6 7 8 9 yes no",
 )
 
@@ -55,6 +55,7 @@ def vocabulary() -> dict[str, int]:
         *SIZES,
         *COLORS,
         *SHAPES,
+        SIGN,
         *PLURALS.values(),
         *QUESTIONS,
         CAPTION_REQUEST,
