@@ -64,7 +64,7 @@ def test_a_mistake_is_one_line(arguments: list[str], expected: str, capsys: pyte
 
 def test_an_unknown_key_names_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("encoder: world:clip\nconnector: mlp\nllm: world:llama\nstages: {}\nsede: {init: 1}\n")
+    file.write_text("encoder: world:clip\nconnector: mlp\nllm: world:llama\nstages: {}\nseeed: {init: 1}\n")
     assert "did you mean 'seed'?" in fails(capsys, "train", str(file))
 
 

@@ -50,7 +50,7 @@ def evaluate_checkpoint(
         model = to_device(VisionLanguageModel.from_pretrained(folder / "model"))
     processor = VisionLanguageProcessor.from_pretrained(folder / "model")
     return {
-        task: evaluate_task(model, processor, config, out and out / "predictions" / f"{task}.jsonl")
+        task: evaluate_task(model, processor, config, out and out / "predictions" / f"{task}.jsonl", sees=run.sees)
         for task, config in configs.items()
     }
 
