@@ -18,9 +18,10 @@ from tests.checkpoints import run_values, write_data, write_models
 from tests.data.conftest import words
 from tests.tiny import CLIP, LLAMA
 from vlmzoo.cli import main
-from vlmzoo.config import RunConfig, SweepConfig, baseline, config_hash, load, parse
+from vlmzoo.config import DataConfig, RunConfig, SweepConfig, baseline, config_hash, load, parse
 from vlmzoo.sweeps import trial
 from vlmzoo.sweeps.checkpoint import evaluate_checkpoint
+from vlmzoo.sweeps.manifest import fingerprints
 from vlmzoo.sweeps.plan import plan, resolve
 from vlmzoo.sweeps.trial import run_trial
 
@@ -208,6 +209,14 @@ def test_arms_see_what_they_are_said_to(
     data.write_text(json.dumps(records))
     with pytest.raises(ValueError, match=r"data.json\[0\] \(id 'i0'\): has no `description`"):
         run_trial(baseline(parse(RunConfig, config), "oracle"), tmp_path / "untold")
+
+
+def test_a_manifest_names_cached_data_as_everybody_has_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VLMZOO_CACHE", str(tmp_path / "cache"))
+    found = fingerprints([DataConfig("world:captions", limit=2)])["world:captions"]
+    assert found["file"] == "$VLMZOO_CACHE/world/captions-v2-2-0/captions.json"
+    file = tmp_path / "cache" / found["file"].removeprefix("$VLMZOO_CACHE/")
+    assert found["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def test_flops_are_those_of_the_steps(config: dict[str, Any], tmp_path: Path) -> None:

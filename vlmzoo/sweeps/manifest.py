@@ -44,7 +44,13 @@ def fingerprints(data: Iterable[DataConfig]) -> dict[str, dict[str, str]]:
     missing = next((file for file in files.values() if not file.is_file()), None)
     if missing is not None:
         raise ValueError(f"{missing}: no such file; expected LLaVA JSON")
-    return {name: {"file": str(file), "sha256": sha256(file)} for name, file in files.items()}
+    return {name: {"file": _portable(file), "sha256": sha256(file)} for name, file in files.items()}
+
+
+def _portable(file: Path) -> str:
+    """The path, one in the cache as everybody has it."""
+    cache = build.cache_folder()
+    return f"$VLMZOO_CACHE/{file.relative_to(cache).as_posix()}" if file.is_relative_to(cache) else str(file)
 
 
 def git() -> dict[str, Any] | None:

@@ -135,15 +135,15 @@ def _measures(summary: Summary) -> str:
     """What the accuracies can be held against."""
     said = []
     if (blind := summary["blind"]["accuracy"]) is not None:
-        said.append(f"<b>blind</b> ({100 * blind:.1f} %) is the LLM trained on the same data without the images")
+        said.append(f"<b>Blind</b> ({100 * blind:.1f} %) is the LLM trained on the same data without the images")
     if (oracle := summary["oracle"]["accuracy"]) is not None:
-        said.append(f"<b>oracle</b> ({100 * oracle:.1f} %) the one that reads a description instead")
+        said.append(f"The <b>oracle</b> ({100 * oracle:.1f} %) reads a description instead")
     if (frequent := summary["frequent"]["accuracy"]) is not None:
-        said.append(f"the commonest answer of each capability is right in {100 * frequent:.1f} %")
+        said.append(f"The commonest answer of each capability is right in {100 * frequent:.1f} %")
     shuffled = [row["shuffled"] for row in summary["rows"] if row["shuffled"] is not None]
     if shuffled:
-        said.append(f"with the images of other questions the connectors reach {_span(shuffled)} %")
-    return f"{'; '.join(said)}." if said else ""
+        said.append(f"With the images of other questions the connectors reach {_span(shuffled)} %")
+    return " ".join(f"{sentence}." for sentence in said)
 
 
 def _costs(rows: Sequence[Row], colours: dict[str, int]) -> str:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmzoo.evaluation.metrics import exact_match
 from vlmzoo.sweeps.plan import Trial
 
 A_CAPABILITY = 8  # samples of each
@@ -26,11 +25,7 @@ class Sample:
     prompt: str
     expected: str
     answers: Mapping[str, str]  # arm -> what it said
-
-    @property
-    def disagree(self) -> bool:
-        """Whether some arms are right and others wrong."""
-        return len({exact_match(answer, self.expected) for answer in self.answers.values()}) > 1
+    disagree: bool  # some connectors are right and others wrong
 
 
 def samples(trials: Sequence[Trial]) -> list[Sample]:
@@ -52,8 +47,14 @@ def samples(trials: Sequence[Trial]) -> list[Sample]:
 
     def sample(identity: str) -> Sample:
         item = first[identity]
-        answers = {arm: said[identity]["answer"] for arm, said in told.items()}
-        return Sample(item["capability"], _thumbnail(images.get(identity)), item["prompt"], item["expected"], answers)
+        return Sample(
+            capability=item["capability"],
+            image=_thumbnail(images.get(identity)),
+            prompt=item["prompt"],
+            expected=item["expected"],
+            answers={arm: said[identity]["answer"] for arm, said in told.items()},
+            disagree=mixed(identity),
+        )
 
     def mixed(identity: str) -> bool:
         return len({told[connector][identity]["score"] for connector in connectors}) > 1
