@@ -23,6 +23,10 @@ from vlmzoo.world.text import CAPABILITIES
 from vlmzoo.world.tokenizer import build_tokenizer
 
 
+def test_all_models_together_are_small() -> None:
+    assert sum(file.stat().st_size for name in MODELS for file in path(name).iterdir()) < 30_000_000
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_model_is_whole_small_and_of_this_version(name: str) -> None:
     files = list(path(name).iterdir())
