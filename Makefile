@@ -2,10 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help sweep sweep-full test lint
+.PHONY: help sweep test lint
 help:
 	@echo "make sweep       compare five connectors on the embedded world (about 20 minutes on two cores)"
-	@echo "make sweep-full  the same with two encoders, two LLMs and five seeds (hours; started again, it continues)"
 	@echo "make test        lint, types, tests, and the wheel in an empty environment"
 
 .venv/installed: pyproject.toml constraints.txt
@@ -20,9 +19,6 @@ help:
 
 sweep: .venv/installed
 	$(BIN)/vlmzoo sweep experiments/connectors.yaml --out runs/connectors
-
-sweep-full: .venv/installed
-	$(BIN)/vlmzoo sweep experiments/connectors-full.yaml --out runs/connectors-full
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The world's language models: a small Llama and a small Qwen that have read scene descriptions and seen no picture."""
+"""The world's language model: a small Llama that has read scene descriptions and never seen a picture."""
 
 import random
 from pathlib import Path
@@ -7,14 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from vlmzoo.world.fitting import fit
 from vlmzoo.world.scenes import sample_scene
@@ -28,32 +21,30 @@ IGNORED = -100
 PEAK = 2e-3  # learning rate
 
 
-def new_model(name: str, vocab_size: int) -> LlamaForCausalLM | Qwen2ForCausalLM:
+def new_model(vocab_size: int) -> LlamaForCausalLM:
     """About 0.9M parameters: four layers, 128 wide.
 
     What makes 128 channels learn look-ups within minutes, in the order of what it brought: weights that start at
     1/sqrt(width), biases on queries and keys (without them a head can hardly learn to look at the word before), and
     rotations that tell near places apart (base 100, not 10,000).
     """
-    shape: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 512,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
-        "tie_word_embeddings": False,
-        "initializer_range": 0.09,
-        "bos_token_id": BOS_ID,
-        "eos_token_id": EOS_ID,
-        "pad_token_id": PAD_ID,
-    }
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        attention_bias=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        tie_word_embeddings=False,
+        initializer_range=0.09,
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+        pad_token_id=PAD_ID,
+    )
     # On a CPU attention written out is twice as fast at these lengths as the fused one.
-    if name == "qwen":
-        return Qwen2ForCausalLM._from_config(Qwen2Config(**shape), attn_implementation="eager")
-    return LlamaForCausalLM._from_config(LlamaConfig(**shape, attention_bias=True), attn_implementation="eager")
+    return LlamaForCausalLM._from_config(config, attn_implementation="eager")
 
 
 def encode(pieces: list[Piece], vocabulary: dict[str, int]) -> tuple[list[int], list[int]]:
@@ -113,13 +104,13 @@ def answer_accuracy(
 
 
 def train_language_model(
-    name: str, checkpoint: Path, num_steps: int, seed: int, recipe: dict[str, object], device: str = "cpu"
+    checkpoint: Path, num_steps: int, seed: int, recipe: dict[str, object], device: str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, float]:
     """The trained model, its tokenizer and the seconds of training."""
     tokenizer = build_tokenizer()
     vocabulary = tokenizer.get_vocab()
     torch.manual_seed(seed)
-    model = new_model(name, len(tokenizer))
+    model = new_model(len(tokenizer))
     nn.Module.to(model, device)  # transformers' own `to` has an annotation that checkers cannot follow
 
     def loss_at(step: int) -> Tensor:
