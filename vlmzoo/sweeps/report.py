@@ -24,7 +24,7 @@ COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("visual tokens an image", "visual_tokens", count),
     ("parameters of the connector", "trainable_parameters", count),
     ("training FLOPs", "train_flops", count),
-    ("seconds a trial", "seconds", duration),
+    ("seconds a trial", "seconds", "{:g}".format),
 )
 
 
@@ -173,7 +173,7 @@ def _samples(found: Sequence[Sample], colours: dict[str, int]) -> str:
             chip = f'<b class="chip" style="{charts.colour(colours[arm])}"></b>' if arm in colours else ""
             mark, kind = ("✓", "right") if right else ("✗", "wrong")
             lines.append(
-                f'<tr class="{kind}"><td>{chip}{escape(arm)}</td><td>{escape(answer) or "–"}</td><td>{mark}</td></tr>'
+                f'<tr class="{kind}"><td>{chip}{_breakable(arm)}</td><td>{escape(answer) or "–"}</td><td>{mark}</td></tr>'
             )
         cards.append(
             f'<article data-capability="{escape(sample.capability)}" data-mixed="{int(sample.disagree)}">{image}'
@@ -202,7 +202,11 @@ def _name(row: Row, rows: Sequence[Row]) -> str:
     """The connector, and below it what else the study varies; long names may break at their underscores."""
     varied = _varied(row, rows)
     below = f'<span class="part">{varied}</span>' if varied else ""
-    return f"{escape(row['connector']).replace('_', '_<wbr>')}{below}"
+    return f"{_breakable(row['connector'])}{below}"
+
+
+def _breakable(name: str) -> str:
+    return escape(name).replace("_", "_<wbr>")
 
 
 def _table(rows: Sequence[Row], colours: dict[str, int]) -> str:
