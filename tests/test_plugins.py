@@ -103,7 +103,7 @@ def test_it_trains_through_the_command_line(
     assert (result["connector"], result["visual_tokens"]) == ("strided", 3)
     assert result["trainable_parameters"] == 32 * 48 + 48
     held = yaml.safe_load((out / "config.yaml").read_text())["connector"]
-    assert held == {"name": "strided", "options": {"stride": 4}, "plugin": held["plugin"]}
+    assert held == {"name": "strided", "options": {"stride": 4}, "lr": None, "plugin": held["plugin"]}
     assert held["plugin"] == json.loads((out / "model" / "config.json").read_text())["plugin"]["sha256"]
 
     new_process()

@@ -173,7 +173,8 @@ def _samples(found: Sequence[Sample], colours: dict[str, int]) -> str:
             chip = f'<b class="chip" style="{charts.colour(colours[arm])}"></b>' if arm in colours else ""
             mark, kind = ("✓", "right") if right else ("✗", "wrong")
             lines.append(
-                f'<tr class="{kind}"><td>{chip}{_breakable(arm)}</td><td>{escape(answer) or "–"}</td><td>{mark}</td></tr>'
+                f'<tr class="{kind}"><td>{chip}{_breakable(arm)}</td><td>{escape(answer) or "–"}</td>'
+                f"<td>{mark}</td></tr>"
             )
         cards.append(
             f'<article data-capability="{escape(sample.capability)}" data-mixed="{int(sample.disagree)}">{image}'
