@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoints import run_values, write_data, write_models
+from tests.checkpoints import run_values, tokenizer, write_data, write_models
+from vlmzoo import build
 from vlmzoo.cli import main
+from vlmzoo.config import LLMConfig
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -58,3 +60,15 @@ def test_what_is_nowhere_and_what_is_broken_differ(
     assert main(["train", str(cached / "run.yaml"), "--out", str(cached / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"vlmzoo: error: {expected} (")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral"])
+def test_a_tokenizer_is_what_its_file_says_beside_any_model(model_type: str, tmp_path: Path) -> None:
+    """transformers 5.23 gives some model types a tokenizer of its own making; ours are whole words."""
+    folder = write_models(tmp_path) / "llama"
+    text = "USER: What color is it? ASSISTANT: red"
+    expected = tokenizer()(text)["input_ids"]
+    assert len(set(expected)) == 9
+    config = folder / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": model_type}))
+    assert build.tokenizer(LLMConfig(str(folder)))(text)["input_ids"] == expected

@@ -27,8 +27,10 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17's top level wants torchvision
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging
 
 from vlmzoo.config import ConnectorConfig, DataConfig, EncoderConfig, LLMConfig, RunConfig, own_rate
@@ -204,7 +206,7 @@ def tokenizer(config: LLMConfig, vocab_size: int | None = None) -> PreTrainedTok
     Raises:
         ValueError: no tokenizer there, or one without a token to pad with, or for another LLM.
     """
-    found = _read(AutoTokenizer.from_pretrained, _source(config.tokenizer or config.name, "llm.tokenizer"), "tokenizer")
+    found = _read(_read_tokenizer, _source(config.tokenizer or config.name, "llm.tokenizer"), "tokenizer")
     name = f"tokenizer {config.tokenizer or config.name}"
     if IMAGE_TOKEN not in found.all_special_tokens:  # where it is a word already, it keeps its id
         found.add_special_tokens({"extra_special_tokens": [*found.extra_special_tokens, IMAGE_TOKEN]})
@@ -222,6 +224,17 @@ def tokenizer(config: LLMConfig, vocab_size: int | None = None) -> PreTrainedTok
                 f"{name}: {token!r} has id {index}, beyond the LLM's vocabulary of {vocab_size}; they do not fit"
             )
     return found
+
+
+def _read_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer, of the class that it names itself where that adds nothing to its tokenizer.json.
+
+    Beside a `qwen2` transformers 5.23 would otherwise cut any text as Qwen's own does, whatever tokenizer.json says.
+    """
+    named = get_tokenizer_config(source).get("tokenizer_class")
+    if named in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        return PreTrainedTokenizerFast.from_pretrained(source)
+    return AutoTokenizer.from_pretrained(source)
 
 
 def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
