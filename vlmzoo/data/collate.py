@@ -29,10 +29,11 @@ def collate(samples: Sequence[Sample], *, pad_token_id: int, padding_side: Side 
 def _pad(rows: Sequence[Sequence[int]], value: int, side: Side) -> tuple[Tensor, Tensor]:
     """The rows as one tensor, and a mask that is 1 where a value is real."""
     width = max(1, *(len(row) for row in rows))
-    padded = torch.full((len(rows), width), value, dtype=torch.long)
-    mask = torch.zeros_like(padded)
-    for index, row in enumerate(rows):
-        place = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
-        padded[index, place] = torch.tensor(row, dtype=torch.long)
-        mask[index, place] = 1
-    return padded, mask
+    gaps = [width - len(row) for row in rows]
+    if side == "right":
+        padded = [[*row, *[value] * gap] for row, gap in zip(rows, gaps, strict=True)]
+        mask = [[1] * (width - gap) + [0] * gap for gap in gaps]
+    else:
+        padded = [[*[value] * gap, *row] for row, gap in zip(rows, gaps, strict=True)]
+        mask = [[0] * gap + [1] * (width - gap) for gap in gaps]
+    return torch.tensor(padded, dtype=torch.long), torch.tensor(mask, dtype=torch.long)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -59,6 +60,7 @@ def _is_target(start: int, end: int, target: Span, special: bool) -> bool:
     return start < target[1] and end > target[0] and not (special and start < target[0])
 
 
+@lru_cache(maxsize=4)  # a tokenizer is asked for every record
 def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer begins every text with: its BOS, or nothing."""
     ids = tokenizer("")["input_ids"]
