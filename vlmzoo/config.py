@@ -99,9 +99,7 @@ class EvaluationConfig:
     data: DataConfig
     batch_size: int = field(default=64, metadata=at_least(1))
     max_new_tokens: int = field(default=16, metadata=at_least(1))
-    shuffled: int = field(
-        default=0, metadata=at_least(0)
-    )  # so many questions are asked again with the next one's image
+    shuffled: int = field(default=0, metadata=at_least(0))  # so many questions are asked again with another's image
 
 
 @dataclass

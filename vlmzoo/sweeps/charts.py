@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
+from html import escape, unescape
 
 NUM_COLOURS = 8  # --c0 … --c7 in report.html
 
@@ -116,12 +116,12 @@ def scatter(title: str, points: Sequence[Point], form: Callable[[float], str]) -
                 f'<path d="M{place:.2f} {y(item.low):.2f}V{y(item.high):.2f}" stroke="var(--colour)" '
                 f'stroke-width="6" stroke-linecap="round" opacity=".3" style="{colour(item.colour)}"/>'
             )
-        name = f"{re.sub('<[^>]+>', ' ', item.label)}: {item.value:.1f} % at {form(point.cost)}"
+        name = f"{plain(item.label)}: {item.value:.1f} % at {form(point.cost)}"
         dots.append(
             f'<b class="dot" title="{escape(name)}" '
             f'style="left:{place:.2f}%;top:{y(item.value):.2f}%;{colour(item.colour)}"></b>'
         )
-    names = ", ".join(re.sub("<[^>]+>", " ", point.estimate.label) for point in points)
+    names = ", ".join(plain(point.estimate.label) for point in points)
     svg = (
         f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" '
         f'aria-label="{escape(f"{title}: accuracy of {names}")}">{"".join(drawn)}</svg>'
@@ -131,6 +131,11 @@ def scatter(title: str, points: Sequence[Point], form: Callable[[float], str]) -
     marks += [f'<span class="x" style="left:{x(tick):.2f}%">{form(tick)}</span>' for tick in costs_at]
     inside = f"{svg}{''.join(dots)}{''.join(marks)}"
     return f'<div><h3>{escape(title)}</h3><div class="plot">{inside}</div><p class="under">&nbsp;</p></div>'
+
+
+def plain(label: str) -> str:
+    """The text of an HTML label."""
+    return unescape(re.sub("<[^>]+>", " ", label.replace("<wbr>", "")))
 
 
 def apart(ticks: Sequence[float], place: Callable[[float], float], least: float = 14.0) -> list[float]:

@@ -100,7 +100,7 @@ def _baseline(name: Baseline, arms: Sequence[Sequence[Trial]], scores: Sequence[
 
 
 def _frequent(trial: Trial) -> dict[str, Any]:
-    """Always giving the commonest right answer of a question's capability; no better constant is known to anybody."""
+    """Always giving the commonest right answer of a question's capability."""
     expected: dict[str, Counter[str]] = {}
     for name, item in _predictions(trial):
         expected.setdefault(name, Counter())[normalise(str(item.get("expected")))] += 1
