@@ -155,6 +155,34 @@ def test_the_table_is_aligned_and_fits(tmp_path: Path) -> None:
         assert line[width:].split()[0] == f"{100 * summary[name]['accuracy']:.1f}"
 
 
+def test_a_study_of_several_encoders_and_llms_fits_too(tmp_path: Path) -> None:
+    parts = {"encoders": ["world:clip", "world:siglip"], "llms": ["world:llama", "world:qwen"]}
+    study = make_study(list(SKILL), [0, 1], baselines=["blind", "oracle"], **parts)
+    summary = summarise(write_sweep(tmp_path, study))
+    header, rule, *lines = render(summary).splitlines()
+    assert len(rule) <= WIDTH
+    assert header.split()[:4] == ["connector", "encoder", "llm", "accuracy"]
+    pairs = {tuple(line.split()[1:3]) for line in lines[:20]}
+    assert pairs == {(encoder, llm) for encoder in ("clip", "siglip") for llm in ("llama", "qwen")}
+    for line, row in zip(lines, summary["rows"], strict=False):
+        cells = line.split()
+        assert [cells[0], cells[3]] == [row["connector"], f"{100 * row['accuracy']:.1f}"]
+        assert cells[7 : 7 + len(CAPABILITIES)] == [f"{100 * row['capabilities'][name]:.0f}" for name in CAPABILITIES]
+
+
+def test_the_pages_first_sentence_names_few(tmp_path: Path) -> None:
+    study = make_study(["mlp"], [0, 1], encoders=["world:clip", "world:siglip"], llms=["world:llama", "world:qwen"])
+    write_sweep(tmp_path, study)  # the same skill: all four intervals overlap
+    write_report(tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    assert "the intervals of mlp (" in text
+    study = make_study(["mlp"], [0, 1], encoders=["world:clip", "world:siglip"], llms=list("abc"))
+    write_sweep(tmp_path, study)
+    write_report(tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    assert "the intervals of 5 of the 5 others overlap with its own" in text
+
+
 def test_to_csv_of_nothing_is_empty() -> None:
     assert to_csv({"rows": []}).strip() == ""
 

@@ -27,6 +27,8 @@ COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("seconds a trial", "seconds", "{:g}".format),
 )
 
+MOST_NAMED = 3
+
 
 def render(title: str, study: SweepConfig, trials: Sequence[Trial], summary: Summary) -> str:
     """The page as HTML."""
@@ -102,6 +104,8 @@ def _order(rows: Sequence[Row]) -> str:
         return f"{lead}, and its interval lies above all others."
     if len(level) == 1:
         return f"{lead}; the interval of {level[0]} overlaps with its own."
+    if len(level) > MOST_NAMED:
+        return f"{lead}; the intervals of {len(level)} of the {len(rows) - 1} others overlap with its own."
     return f"{lead}; the intervals of {', '.join(level[:-1])} and {level[-1]} overlap with its own."
 
 

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 WIDTH = 110
 MEASURES = {"oracle": "text oracle", "blind": "blind", "frequent": "commonest answer"}
 """What connectors are held against, by its name in the summary."""
 SHORTEST_HEADER = 4
+COSTS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "tokens": lambda row: "–" if row["visual_tokens"] is None else str(row["visual_tokens"]),
+    "params": lambda row: count(row["trainable_parameters"]),
+    "time": lambda row: duration(row["seconds"]),
+}
+"""The last columns, by their headers: visual tokens, the connector's parameters, seconds a trial."""
 
 
 def render(summary: dict[str, Any]) -> str:
-    """The rows of a summary, aligned, best first; long capability names are cut so that it fits 110 columns."""
+    """The rows of a summary, aligned, best first; names of capabilities are cut, then costs left out, to fit."""
     rows = summary["rows"]
     if not rows:
         return "no trial has finished yet"
-    capabilities = list(rows[0]["capabilities"])
-    shared = {key: len({row[key] for row in rows}) == 1 for key in ("encoder", "llm")}
-    for length in range(max(map(len, [*capabilities, "x" * SHORTEST_HEADER])), SHORTEST_HEADER - 1, -1):
-        table = _table(summary, capabilities, length, [key for key, same in shared.items() if not same])
-        if len(table.partition("\n")[0]) <= WIDTH:
+    same = {key: len({row[key] for row in rows}) == 1 for key in ("encoder", "llm")}
+    parts = [key for key in same if not same[key]]
+    longest = max(map(len, [*rows[0]["capabilities"], "x" * SHORTEST_HEADER]))
+    layouts = [(length, len(COSTS)) for length in range(longest, SHORTEST_HEADER, -1)]
+    layouts += [(SHORTEST_HEADER, num_costs) for num_costs in range(len(COSTS), -1, -1)]
+    table = ""
+    for length, num_costs in layouts:
+        table = _table(summary, length, list(COSTS)[:num_costs], parts)
+        if len(table.splitlines()[1]) <= WIDTH:
             break
-    common = ", ".join(str(rows[0][key]) for key, same in shared.items() if same)
+    common = ", ".join(str(rows[0][key]) for key in same if same[key])
     seeds = sorted({seed for row in rows for seed in row["seeds"]})
     plural = "seeds" if len(seeds) > 1 else "seed"
     note = f"accuracy in % ± 95 % interval; {plural} {', '.join(map(str, seeds))}"
@@ -31,22 +41,20 @@ def render(summary: dict[str, Any]) -> str:
     return f"{table}\n{note}{f'; {common}' if common else ''}"
 
 
-def _table(summary: dict[str, Any], capabilities: Sequence[str], length: int, parts: Sequence[str]) -> str:
+def _table(summary: dict[str, Any], length: int, costs: Sequence[str], parts: Sequence[str]) -> str:
     """Connectors, best first; below them what they are held against."""
     rows = summary["rows"]
+    capabilities = list(rows[0]["capabilities"])
     gap = any(row["gap_closed"] is not None for row in rows)
     header = ["connector", *parts, "accuracy", *(["gap"] if gap else []), *(name[:length] for name in capabilities)]
-    header += ["tokens", "params", "time"]
     lines = [
         [
             row["connector"],
-            *(row[part] for part in parts),
+            *(row[part].removeprefix("world:") for part in parts),
             accuracy(row),
             *(["–" if row["gap_closed"] is None else f"{100 * row['gap_closed']:.0f}"] if gap else []),
             *(f"{100 * row['capabilities'][name]:.0f}" for name in capabilities),
-            "–" if row["visual_tokens"] is None else str(row["visual_tokens"]),
-            count(row["trainable_parameters"]),
-            duration(row["seconds"]),
+            *(COSTS[cost](row) for cost in costs),
         ]
         for row in rows
     ]
@@ -54,8 +62,8 @@ def _table(summary: dict[str, Any], capabilities: Sequence[str], length: int, pa
         if (found := summary[name])["accuracy"] is not None:
             scores = [f"{100 * found['capabilities'][capability]:.0f}" for capability in capabilities]
             mean = f"{100 * found['accuracy']:.1f}".ljust(len(lines[0][1 + len(parts)]))
-            lines.append([label, *[""] * len(parts), mean, *([""] if gap else []), *scores, "", "", ""])
-    return align(header, lines, num_left=1 + len(parts))
+            lines.append([label, *[""] * len(parts), mean, *([""] if gap else []), *scores, *[""] * len(costs)])
+    return align([*header, *costs], lines, num_left=1 + len(parts))
 
 
 def align(header: Sequence[str], rows: Sequence[Sequence[str]], *, num_left: int) -> str:
