@@ -225,6 +225,10 @@ CONFIGURATION: dict[str, tuple[Break, list[str]]] = {
     "no checkpoints": (put("checkpoint_every", 0), ["'checkpoint_every'", "expected at least 1, got 0"]),
     "no evaluation batch": (put("evaluation.colors.batch_size", 0), ["'evaluation.colors.batch_size'", "at least 1"]),
     "no new tokens": (put("evaluation.colors.max_new_tokens", 0), ["'evaluation.colors.max_new_tokens'", "at least 1"]),
+    "nothing to shuffle": (
+        put("evaluation.colors.shuffled", 1),
+        ["evaluation.colors.shuffled: no two of the first 1 records of", "data.json have images to swap"],
+    ),
     "betas": (put("stages.align.betas", [0.9, 1.0]), ["stages.align.betas", "below 1"]),
     "steps and epochs": (put("stages.finetune.epochs", 1), ["stages.finetune", "either steps or epochs"]),
     "no rate at all": (put("stages.finetune.lr", {}), ["a learning rate for at least one of"]),

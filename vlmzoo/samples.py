@@ -64,13 +64,20 @@ class SampleSet:
         return [self._builder.build(self.records[index], generation=generation) for index in indices]
 
     def shuffled(self, count: int) -> list[Sample]:
-        """The first `count` records for generation, each with the images of the next one that has as many."""
+        """The first `count` records for generation, each with the images of the next one that has as many.
+
+        One without images, or with a number of images that no other has, is left out.
+
+        Raises:
+            ValueError: that leaves none.
+        """
         groups: dict[int, list[int]] = {}
         for index, record in enumerate(self.records[:count]):
             groups.setdefault(len(record.images), []).append(index)
-        other = {
-            index: group[(place + 1) % len(group)] for group in groups.values() for place, index in enumerate(group)
-        }
+        swaps = [group for number, group in groups.items() if number and len(group) > 1]
+        if not swaps:
+            raise ValueError(f"no two of the first {count} records of {self._data.path} have images to swap")
+        other = {index: group[(place + 1) % len(group)] for group in swaps for place, index in enumerate(group)}
         return [
             self._builder.build(replace(self.records[index], images=self.records[other[index]].images), generation=True)
             for index in sorted(other)

@@ -168,6 +168,20 @@ def test_scores_do_not_depend_on_the_batch_size(
     assert answers(5) != alone  # the images have their part in the answers
 
 
+def test_shuffled_images_are_always_anothers(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> None:
+    model = tiny.model("mlp", {**tiny.LLAMA, "vocab_size": len(tokenizer)})
+    model.config.image_token_id = build.image_token_id(tokenizer)
+    processor = VisionLanguageProcessor(CLIPImageProcessorPil(), tokenizer, Layouts.of(model))
+    records = SampleSet(model, processor, data)
+    own = {record.id: [path.name for path in record.images] for record in records.records}
+    swapped = {sample.record.id: [path.name for path in sample.images] for sample in records.shuffled(5)}
+    with_image = [name for name, images in own.items() if images]
+    assert list(swapped) == with_image  # a question about no image is left out
+    assert len(with_image) < len(own)
+    assert sorted(swapped.values()) == sorted(own[name] for name in with_image)
+    assert all(swapped[name] != own[name] for name in with_image)
+
+
 def test_a_broken_image_is_named_with_its_record(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> None:
     model = tiny.model("mlp", {**tiny.LLAMA, "vocab_size": len(tokenizer)})
     model.config.image_token_id = build.image_token_id(tokenizer)

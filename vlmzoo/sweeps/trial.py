@@ -109,8 +109,13 @@ def check_data(run: RunConfig, model: VisionLanguageModel, processor: VisionLang
             num_steps(stage, num_records)
         except ValueError as error:
             raise ValueError(f"stages.{name}: {error}") from None
-    for task in run.evaluation.values():
-        SampleSet(model, processor, task.data, sees=run.sees)
+    for name, task in run.evaluation.items():
+        data = SampleSet(model, processor, task.data, sees=run.sees)
+        try:
+            if task.shuffled:
+                data.shuffled(task.shuffled)
+        except ValueError as error:
+            raise ValueError(f"evaluation.{name}.shuffled: {error}") from None
 
 
 def world_version(run: RunConfig) -> int | None:
