@@ -79,19 +79,17 @@ class SampleBuilder:
         layouts = tuple(ImageLayout((self.grid,)) for _ in record.images)
         if (placed := tokens.input_ids.count(self.image_token_id)) != len(layouts):
             raise RecordError(f"{record.where}: its text has {placed} {IMAGE_TOKEN} for {len(layouts)} images")
-        slots = iter([self.num_tokens(layout) for layout in layouts])
-        ids: list[int] = []
-        labels: list[int] = []
+        ids = tokens.input_ids
+        labels = [token if target else IGNORE for token, target in zip(ids, tokens.supervised, strict=True)]
         images_end = 0
-        for token, supervised in zip(tokens.input_ids, tokens.supervised, strict=True):
-            is_image = token == self.image_token_id
-            count = next(slots) if is_image else 1
-            ids += [token] * count
-            labels += [token if supervised else IGNORE] * count
-            images_end = len(ids) if is_image else images_end
+        for layout in layouts:
+            place, count = ids.index(self.image_token_id, images_end), self.num_tokens(layout)
+            ids[place : place + 1] = [self.image_token_id] * count
+            labels[place : place + 1] = labels[place : place + 1] * count
+            images_end = place + count
         self._check_length(record, len(ids), images_end, generation)
         ids, labels = ids[: self.max_length], labels[: self.max_length]
-        if not generation and all(label == IGNORE for label in labels):
+        if not generation and labels.count(IGNORE) == len(labels):
             raise RecordError(
                 f"{record.where}: no target within {self.max_length} tokens; shorten it or raise max_length"
             )

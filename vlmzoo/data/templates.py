@@ -106,7 +106,7 @@ def _chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, generation:
     text = _apply(turns, tokenizer, generation)
     if generation:
         return Rendered(text, ())
-    targets = []
+    targets, markers = [], tuple(special_tokens(tokenizer))
     for index, turn in enumerate(turns):
         if turn.role == "human":
             continue
@@ -118,7 +118,7 @@ def _chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, generation:
             )
         answer = end[len(start) :]
         _check_answer(answer, index, turn)
-        targets.append((len(start), len(start) + len(_until_end_marker(answer, tokenizer))))
+        targets.append((len(start), len(start) + len(_until_end(answer, markers))))
     return Rendered(text, tuple(targets))
 
 
@@ -128,7 +128,8 @@ def _marked(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Render
     with _refusals():
         found: Any = render_jinja_template([_messages(turns)], return_assistant_tokens_mask=True, **options)
     (text,), (spans,) = found
-    targets = [(int(start), int(start) + len(_until_end_marker(text[start:end], tokenizer))) for start, end in spans]
+    markers = tuple(special_tokens(tokenizer))
+    targets = [(int(start), int(start) + len(_until_end(text[start:end], markers))) for start, end in spans]
     answers = [(index, turn) for index, turn in enumerate(turns) if turn.role == "gpt"]
     if len(targets) != len(answers):
         raise ValueError(f"the chat template marks {len(targets)} answers as generated, expected {len(answers)}")
@@ -161,10 +162,10 @@ def _refusals() -> Iterator[None]:
         raise ValueError(f"the chat template refuses the conversation ({error})") from None
 
 
-def _until_end_marker(answer: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def _until_end(answer: str, markers: tuple[str, ...]) -> str:
     """The answer without the space that a template writes between its end marker and the next turn."""
     stripped = answer.rstrip()
-    return stripped if stripped.endswith(tuple(special_tokens(tokenizer))) else answer
+    return stripped if stripped.endswith(markers) else answer
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

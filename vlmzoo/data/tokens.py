@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -10,7 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from vlmzoo.config import Template
 from vlmzoo.data.records import IMAGE_TOKEN, Turn
-from vlmzoo.data.templates import Span, render, special_tokens
+from vlmzoo.data.templates import render, special_tokens
+
+BEYOND = (math.inf, math.inf)  # a target that no token reaches
 
 
 @dataclass(frozen=True)
@@ -33,31 +36,30 @@ def encode_conversation(
     Raises:
         ValueError: turns that the template cannot express.
     """
-    _refuse_special_tokens(turns, tokenizer)
+    special = special_tokens(tokenizer)
+    _refuse(special, turns)
     if generation and turns[-1].role == "gpt":
         turns = turns[:-1]
     rendered = render(turns, template, tokenizer, generation=generation)
     encoded = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids: list[int] = encoded["input_ids"]
-    special = set(special_tokens(tokenizer).values())
-    targets = iter(rendered.targets)
-    target = next(targets, None)
+    special_ids = set(special.values())
+    targets = iter((*rendered.targets, BEYOND))
+    target_start, target_end = next(targets)
     supervised, previous = [], 0
     for token, (start, end) in zip(ids, encoded["offset_mapping"], strict=True):
-        start = previous if start == end else start  # byte-level tokenizers trim the space that such a token is
-        while target is not None and target[1] <= start:
-            target = next(targets, None)
-        supervised.append(target is not None and _is_target(start, end, target, token in special))
+        if start == end:
+            start = previous  # byte-level tokenizers trim the space that such a token is
+        while target_end <= start:
+            target_start, target_end = next(targets)
+        # A special token that begins before a target only swallowed the space there.
+        begins_before = start < target_start and token in special_ids
+        supervised.append(start < target_end and end > target_start and not begins_before)
         previous = end
     begin = _begin(tokenizer)
     if ids[:1] != begin:  # a chat template may have written it
         ids, supervised = [*begin, *ids], [False] * len(begin) + supervised
     return Tokenised(ids, supervised)
-
-
-def _is_target(start: int, end: int, target: Span, special: bool) -> bool:
-    """Whether a token shares a character with a target. A special one that begins before it only swallowed space."""
-    return start < target[1] and end > target[0] and not (special and start < target[0])
 
 
 @lru_cache(maxsize=4)  # a tokenizer is asked for every record
@@ -67,8 +69,7 @@ def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
 
 
-def _refuse_special_tokens(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> None:
-    special = special_tokens(tokenizer)
+def _refuse(special: Iterable[str], turns: Sequence[Turn]) -> None:
     for turn in turns:
         text = turn.text.replace(IMAGE_TOKEN, "") if turn.role == "human" else turn.text
         if found := next((token for token in special if token in text), None):
