@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -168,6 +169,23 @@ def test_a_study_of_several_encoders_and_llms_fits_too(tmp_path: Path) -> None:
         cells = line.split()
         assert [cells[0], cells[3]] == [row["connector"], f"{100 * row['accuracy']:.1f}"]
         assert cells[7 : 7 + len(CAPABILITIES)] == [f"{100 * row['capabilities'][name]:.0f}" for name in CAPABILITIES]
+
+
+def test_the_page_holds_connectors_against_encoders_and_llms(tmp_path: Path) -> None:
+    study = make_study(["mlp", "linear"], [0, 1], llms=["world:llama", "world:qwen"])
+    summary = summarise(write_sweep(tmp_path, study))
+    write_report(tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    _, _, table = text.partition("Between which encoder and LLM")
+    table = table.partition("</section>")[0]
+    for connector in ("mlp", "linear"):
+        found = {row["llm"]: row["accuracy"] for row in summary["rows"] if row["connector"] == connector}
+        cells = re.findall(r">([\d.]+)<", table.partition(f"</b>{connector}<")[2].partition("</tr>")[0])
+        figures = [found["world:llama"], found["world:qwen"], np.mean(list(found.values()))]
+        assert cells == [f"{100 * figure:.1f}" for figure in figures]
+    write_sweep(tmp_path / "one", make_study(["mlp"], [0, 1]))
+    write_report(tmp_path / "one")
+    assert "Between which" not in (tmp_path / "one" / "report.html").read_text()
 
 
 def test_the_pages_first_sentence_names_few(tmp_path: Path) -> None:

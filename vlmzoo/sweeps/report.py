@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from html import escape
 from importlib import resources
+from statistics import fmean
 from string import Template
 from typing import Any
 
@@ -46,6 +47,7 @@ def render(title: str, study: SweepConfig, trials: Sequence[Trial], summary: Sum
         measures=_measures(summary),
         table=_table(rows, colours) if rows else nothing,
         capabilities=_capabilities(summary, colours) if rows else nothing,
+        pairs=_pairs(rows, colours),
         costs=_costs(rows, colours) if rows else nothing,
         curves=_curves(connectors, colours) or nothing,
         samples=_samples(samples(trials), colours) or nothing,
@@ -253,23 +255,52 @@ def _chip(row: Row, rows: Sequence[Row], colours: dict[str, int]) -> str:
 def _capabilities(summary: Summary, colours: dict[str, int]) -> str:
     rows = summary["rows"]
     names = list(rows[0]["capabilities"])
-    values = [row["capabilities"][name] for row in rows for name in names]
-    low, span = min(values), max(max(values) - min(values), 1e-9)
+    shade = _shade([row["capabilities"][name] for row in rows for name in names])
     body = []
     for row in rows:
-        cells = []
-        for name in names:
-            value = row["capabilities"][name]
-            strength = 8 + 62 * (value - low) / span
-            shade = f"background:color-mix(in srgb, var(--heat) {strength:.0f}%, var(--card))"
-            cells.append(f'<td class="cell" style="{shade}">{100 * value:.0f}</td>')
-        body.append(f"<tr>{_chip(row, rows, colours)}{''.join(cells)}</tr>")
+        cells = "".join(shade(row["capabilities"][name]) for name in names)
+        body.append(f"<tr>{_chip(row, rows, colours)}{cells}</tr>")
     for baseline, label in MEASURES.items():
         if (scores := summary[baseline]["capabilities"]) is not None:
             line = "".join(f'<td class="cell">{100 * scores[name]:.0f}</td>' for name in names)
             body.append(f'<tr class="baseline"><td class="name">{label}</td>{line}</tr>')
     head = "".join(f"<th>{escape(name.replace('_', ' '))}</th>" for name in names)
     return f'<table class="heat"><tr><th class="name">connector</th>{head}</tr>{"".join(body)}</table>'
+
+
+def _pairs(rows: Sequence[Row], colours: dict[str, int]) -> str:
+    """A section with every connector's accuracy between every encoder and LLM, where the study varies them."""
+    if not rows or not _varied(rows[0], rows):
+        return ""
+    pairs = sorted({_varied(row, rows) for row in rows})
+    arms: dict[str, dict[str, float]] = {}
+    for row in rows:
+        arms.setdefault(row["connector"], {})[_varied(row, rows)] = row["accuracy"]
+    shade = _shade([share for arm in arms.values() for share in arm.values()], digits=1)
+    body = []
+    for name, arm in sorted(arms.items(), key=lambda item: -fmean(item[1].values())):
+        chip = f'<b class="chip" style="{charts.colour(colours[name])}"></b>{_breakable(name)}'
+        cells = "".join(shade(arm[pair]) if pair in arm else '<td class="cell">–</td>' for pair in pairs)
+        mean = f"{100 * fmean(arm.values()):.1f}" if len(arm) == len(pairs) else "–"
+        body.append(f'<tr><td class="name">{chip}</td>{cells}<td class="cell"><b>{mean}</b></td></tr>')
+    head = "".join(f"<th>{pair.replace(' → ', ' →<br>')}</th>" for pair in [*pairs, "mean"])
+    table = f'<table class="heat"><tr><th class="name">connector</th>{head}</tr>{"".join(body)}</table>'
+    return (
+        '<section>\n<h2>Between which encoder and LLM</h2>\n<p class="note">Accuracy in percent: does the order of the '
+        f'connectors depend on what they join?</p>\n<div class="scroll sticky">{table}</div>\n</section>'
+    )
+
+
+def _shade(values: Sequence[float], digits: int = 0) -> Callable[[float], str]:
+    """A table cell with a share in percent, the stronger in colour the larger it is among `values`."""
+    low, span = min(values), max(max(values) - min(values), 1e-9)
+
+    def cell(value: float) -> str:
+        strength = 8 + 62 * (value - low) / span
+        style = f"background:color-mix(in srgb, var(--heat) {strength:.0f}%, var(--card))"
+        return f'<td class="cell" style="{style}">{100 * value:.{digits}f}</td>'
+
+    return cell
 
 
 def _curves(trials: Sequence[Trial], colours: dict[str, int]) -> str:
