@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, SiglipVisionModel
 
-from vlmzoo.world import ENCODERS, MODELS, encoder, fitting, language, path
+from vlmzoo.world import ENCODERS, LANGUAGE_MODELS, MODELS, encoder, fitting, language, path
 from vlmzoo.world import build as build_module
 from vlmzoo.world.build import build
 from vlmzoo.world.fitting import fit
@@ -114,11 +114,13 @@ def test_build_writes_what_transformers_loads(tmp_path: Path, monkeypatch: pytes
     assert path("clip", tmp_path) == tmp_path / "clip"
     assert CLIPVisionModel.from_pretrained(tmp_path / "clip").config.image_size == 72
     assert SiglipVisionModel.from_pretrained(tmp_path / "siglip").config.patch_size == 12
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "llama")
-    assert model.config.vocab_size == len(tokenizer)
-    assert tokenizer.chat_template == build_tokenizer().chat_template
-    assert json.loads((tmp_path / "llama" / "quality.json").read_text())["steps"] == 1
+    for name, model_type in zip(LANGUAGE_MODELS, ("llama", "qwen3"), strict=True):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        assert model.config.model_type == model_type
+        assert model.config.vocab_size == len(tokenizer)
+        assert tokenizer.chat_template == build_tokenizer().chat_template
+        assert json.loads((tmp_path / name / "quality.json").read_text())["steps"] == 1
 
     written = load_file(tmp_path / "clip" / "model.safetensors")
     build("clip", tmp_path, num_steps=1)  # stands already

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from vlmzoo.world import ENCODERS, MODELS, VERSION, path
+from vlmzoo.world import ENCODERS, LANGUAGE_MODELS, MODELS, VERSION, path
 from vlmzoo.world.encoder import image_processor
 from vlmzoo.world.language import answer_accuracy
 from vlmzoo.world.scenes import COLORS, SHAPES, SIGN, draw, sample_scene
@@ -75,8 +75,10 @@ def test_image_processor_loads_without_warning_and_normalises_alone() -> None:
     assert (pixels[0] - expected).abs().max() < 1e-5
 
 
-def test_shipped_tokenizer_is_the_one_of_this_code() -> None:
-    shipped, built = AutoTokenizer.from_pretrained(path("llama")), build_tokenizer()
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_shipped_tokenizer_is_the_one_of_this_code(name: str) -> None:
+    """Transformers reads some architectures' tokenizers with a class of its own, whatever their files say."""
+    shipped, built = AutoTokenizer.from_pretrained(path(name)), build_tokenizer()
     text = "USER: Is there a red circle?\nASSISTANT: top-left yes</s>"
     assert shipped.get_vocab() == built.get_vocab()
     assert shipped.chat_template == built.chat_template
@@ -84,11 +86,12 @@ def test_shipped_tokenizer_is_the_one_of_this_code() -> None:
     assert shipped.decode(shipped("top-left yes")["input_ids"], skip_special_tokens=True) == "top-left yes"
 
 
-def test_language_model_answers_from_text_as_measured() -> None:
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_language_model_answers_from_text_as_measured(name: str) -> None:
     """At least 90 % in every capability and 95 % on average, claimed and measured again on other questions."""
-    claimed = json.loads((path("llama") / "quality.json").read_text())["accuracy"]
-    model = AutoModelForCausalLM.from_pretrained(path("llama"))
-    measured = answer_accuracy(model, AutoTokenizer.from_pretrained(path("llama")), 100, seed=1)
+    claimed = json.loads((path(name) / "quality.json").read_text())["accuracy"]
+    model = AutoModelForCausalLM.from_pretrained(path(name))
+    measured = answer_accuracy(model, AutoTokenizer.from_pretrained(path(name)), 100, seed=1)
     assert list(claimed) == list(measured) == list(CAPABILITIES)
     assert fmean(claimed.values()) >= 0.95
     assert min(claimed.values()) >= 0.90

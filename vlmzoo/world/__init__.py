@@ -7,7 +7,8 @@ from pathlib import Path
 
 VERSION = 2  # raised with every change that alters scenes, texts or pixels: old files are then never used again
 ENCODERS = ("clip", "siglip")
-MODELS = (*ENCODERS, "llama")
+LANGUAGE_MODELS = ("llama", "qwen")
+MODELS = (*ENCODERS, *LANGUAGE_MODELS)
 DATASETS = {
     "captions": 12_000,
     "conversations": 12_000,

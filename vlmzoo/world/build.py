@@ -14,7 +14,7 @@ from vlmzoo.world import ENCODERS, MODELS, VERSION, sha256, unknown_model
 from vlmzoo.world.encoder import image_processor, retrieval, train_encoder
 from vlmzoo.world.language import answer_accuracy, train_language_model
 
-NUM_STEPS = {"clip": 6_000, "siglip": 6_000, "llama": 12_000}
+NUM_STEPS = {"clip": 6_000, "siglip": 6_000, "llama": 12_000, "qwen": 12_000}
 NUM_QUESTIONS = 400  # a capability
 NUM_GROUPS = 16  # of 64 captions
 
@@ -73,7 +73,7 @@ def _write_encoder(
 def _write_language_model(
     name: str, aside: Path, checkpoint: Path, num_steps: int, seed: int, recipe: dict[str, object], device: str
 ) -> dict[str, object]:
-    model, tokenizer, seconds = train_language_model(checkpoint, num_steps, seed, recipe, device)
+    model, tokenizer, seconds = train_language_model(name, checkpoint, num_steps, seed, recipe, device)
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     scores = answer_accuracy(model, tokenizer, NUM_QUESTIONS, seed)

@@ -1,4 +1,4 @@
-"""The world's language model: a small Llama that has read scene descriptions and never seen a picture."""
+"""The world's language models: a small Llama and a small Qwen that read scene descriptions and saw no picture."""
 
 import random
 from pathlib import Path
@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from vlmzoo.world.fitting import fit
 from vlmzoo.world.scenes import sample_scene
@@ -21,30 +28,34 @@ IGNORED = -100
 PEAK = 2e-3  # learning rate
 
 
-def new_model(vocab_size: int) -> LlamaForCausalLM:
-    """About 0.9M parameters: four layers, 128 wide.
+def new_model(name: str, vocab_size: int) -> PreTrainedModel:
+    """About 0.9M parameters: four layers, 128 wide; `qwen` is a Qwen3, whose queries and keys have norms of their own.
 
     What makes 128 channels learn look-ups within minutes, all of it together: weights that start at 1/sqrt(width),
     biases on queries and keys (without them a head can hardly learn to look at the word before), and rotations that
     tell near places apart (base 100, not 10,000).
     """
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        attention_bias=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
-        tie_word_embeddings=False,
-        initializer_range=0.09,
-        bos_token_id=BOS_ID,
-        eos_token_id=EOS_ID,
-        pad_token_id=PAD_ID,
-    )
+    shape: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+        "attention_bias": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+        "tie_word_embeddings": False,
+        "initializer_range": 0.09,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": EOS_ID,
+        "pad_token_id": PAD_ID,
+    }
     # On a CPU attention written out is twice as fast at these lengths as the fused one.
-    return LlamaForCausalLM._from_config(config, attn_implementation="eager")
+    if name == "llama":
+        return LlamaForCausalLM._from_config(LlamaConfig(**shape), attn_implementation="eager")
+    return Qwen3ForCausalLM._from_config(Qwen3Config(**shape), attn_implementation="eager")
 
 
 def encode(pieces: list[Piece], vocabulary: dict[str, int]) -> tuple[list[int], list[int]]:
@@ -104,13 +115,13 @@ def answer_accuracy(
 
 
 def train_language_model(
-    checkpoint: Path, num_steps: int, seed: int, recipe: dict[str, object], device: str = "cpu"
+    name: str, checkpoint: Path, num_steps: int, seed: int, recipe: dict[str, object], device: str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, float]:
     """The trained model, its tokenizer and the seconds of training."""
     tokenizer = build_tokenizer()
     vocabulary = tokenizer.get_vocab()
     torch.manual_seed(seed)
-    model = new_model(len(tokenizer))
+    model = new_model(name, len(tokenizer))
     nn.Module.to(model, device)  # transformers' own `to` has an annotation that checkers cannot follow
 
     def loss_at(step: int) -> Tensor:
