@@ -53,7 +53,8 @@ def _quality(quality: dict[str, Any]) -> str:
     """What was measured when it was built."""
     if "accuracy" in quality:
         scores = quality["accuracy"].values()
-        return f"told what is there it answers {100 * fmean(scores):.1f} % right ({100 * min(scores):.0f} % at least)"
+        weakest = f"{100 * min(scores):.1f} % in its weakest capability"
+        return f"told what is there it answers {100 * fmean(scores):.1f} % right, {weakest}"
     return f"finds the right caption of 64 in {100 * quality['retrieval_of_64']:.1f} %"
 
 
