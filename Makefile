@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help sweep test lint
+.PHONY: help sweep sweep-full test lint
 help:
 	@echo "make sweep       compare five connectors on the embedded world (about 20 minutes on two cores)"
+	@echo "make sweep-full  the same with two encoders, two LLMs, five seeds and several times the steps (hours)"
 	@echo "make test        lint, types, tests, and the wheel in an empty environment"
 
 .venv/installed: pyproject.toml constraints.txt
@@ -19,6 +20,9 @@ help:
 
 sweep: .venv/installed
 	$(BIN)/vlmzoo sweep experiments/connectors.yaml --out runs/connectors
+
+sweep-full: .venv/installed
+	$(BIN)/vlmzoo sweep experiments/connectors-full.yaml --out runs/connectors-full
 
 lint: .venv/installed
 	$(BIN)/ruff check .
