@@ -61,7 +61,7 @@ class SampleSet:
 
     def samples(self, indices: Sequence[int], *, generation: bool = False) -> list[Sample]:
         """Samples of these records; for generation without their last answers."""
-        return [self._builder.build(self.records[index], generation=generation) for index in indices]
+        return self._builder.build([self.records[index] for index in indices], generation=generation)
 
     def shuffled(self, count: int) -> list[Sample]:
         """The first `count` records for generation, each with the images of the next one that has as many.
@@ -78,10 +78,8 @@ class SampleSet:
         if not swaps:
             raise ValueError(f"no two of the first {count} records of {self._data.path} have images to swap")
         other = {index: group[(place + 1) % len(group)] for group in swaps for place, index in enumerate(group)}
-        return [
-            self._builder.build(replace(self.records[index], images=self.records[other[index]].images), generation=True)
-            for index in sorted(other)
-        ]
+        swapped = [replace(self.records[index], images=self.records[other[index]].images) for index in sorted(other)]
+        return self._builder.build(swapped, generation=True)
 
     def batch(self, samples: Sequence[Sample], padding_side: Literal["left", "right"] = "right") -> dict[str, Any]:
         """What the model's `forward` takes, on the model's device."""

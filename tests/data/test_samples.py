@@ -10,7 +10,7 @@ from vlmzoo.config import Template
 from vlmzoo.connector import ImageLayout
 from vlmzoo.data.collate import collate
 from vlmzoo.data.records import Record, RecordError, Turn
-from vlmzoo.data.samples import IGNORE, SampleBuilder
+from vlmzoo.data.samples import IGNORE, Sample, SampleBuilder
 from vlmzoo.data.templates import CAPTION_INSTRUCTION
 
 Tokenizers = dict[str, PreTrainedTokenizerBase]
@@ -34,8 +34,21 @@ def builder(tokenizers: Tokenizers) -> SampleBuilder:
     return SampleBuilder(tokenizer, image, num_tokens, (2, 3), Template.vicuna_v1, 500)
 
 
+def built(builder: SampleBuilder, record: Record, *, generation: bool = False) -> Sample:
+    (sample,) = builder.build([record], generation=generation)
+    return sample
+
+
+def test_samples_built_together_are_those_built_alone(builder: SampleBuilder) -> None:
+    texts = [("<image>\nWhich?", "The first."), ("Hello", "Hi"), ("<image>\nWho?", "A cat.", "Where?", "There.")]
+    records = [record(*conversation) for conversation in texts]
+    assert builder.build(records) == [built(builder, item) for item in records]
+    with pytest.raises(RecordError, match="holds '</s>'"):
+        builder.build([records[0], record("<image></s>", "A.")])
+
+
 def test_every_image_has_its_slots_and_no_label(builder: SampleBuilder) -> None:
-    sample = builder.build(record("<image><image>\nWhich?", "The first.", "And <image>?", "No."))
+    sample = built(builder, record("<image><image>\nWhich?", "The first.", "And <image>?", "No."))
     slots = [index for index, token in enumerate(sample.input_ids) if token == builder.image_token_id]
     assert len(slots) == 3 * 6
     assert slots[5] - slots[0] == 5
@@ -48,59 +61,59 @@ def test_every_image_has_its_slots_and_no_label(builder: SampleBuilder) -> None:
 
 
 def test_text_alone(builder: SampleBuilder) -> None:
-    sample = builder.build(record("Hello", "Hi"))
+    sample = built(builder, record("Hello", "Hi"))
     assert (sample.images, sample.layouts, sample.instruction_ids) == ((), (), ())
     assert builder.image_token_id not in sample.input_ids
 
 
 def test_a_generation_sample_is_the_prompt(builder: SampleBuilder) -> None:
-    whole = builder.build(record("<image>\nWhich?", "The first."))
-    prompt = builder.build(record("<image>\nWhich?", "The first."), generation=True)
+    whole = built(builder, record("<image>\nWhich?", "The first."))
+    prompt = built(builder, record("<image>\nWhich?", "The first."), generation=True)
     assert whole.input_ids[: len(prompt.input_ids)] == prompt.input_ids
     assert set(prompt.labels) == {IGNORE}
 
 
 def test_truncation_counts_visual_tokens_and_keeps_whole_images(builder: SampleBuilder) -> None:
     question = record("<image>\nWhich?", "The first of a very long list of words.")
-    whole = builder.build(question)
+    whole = built(builder, question)
     last_slot = max(index for index, token in enumerate(whole.input_ids) if token == builder.image_token_id)
     first_target = next(index for index, label in enumerate(whole.labels) if label != IGNORE)
-    cut = replace(builder, max_length=first_target + 1).build(question)
+    cut = built(replace(builder, max_length=first_target + 1), question)
     assert cut.input_ids == whole.input_ids[: first_target + 1]
     assert cut.labels == whole.labels[: first_target + 1]
     where = r"^train\.json\[7\] \(id 'abc'\): "
     with pytest.raises(RecordError, match=where + rf"no target within {first_target} tokens"):
-        replace(builder, max_length=first_target).build(question)
+        built(replace(builder, max_length=first_target), question)
     with pytest.raises(RecordError, match=where + rf"its images end at token {last_slot + 1}, beyond .* {last_slot}"):
-        replace(builder, max_length=last_slot).build(question)
+        built(replace(builder, max_length=last_slot), question)
     with pytest.raises(RecordError, match=where + rf"its prompt has {first_target} tokens"):
-        replace(builder, max_length=first_target - 1).build(question, generation=True)
+        built(replace(builder, max_length=first_target - 1), question, generation=True)
 
 
 def test_faults_of_the_template_name_the_record(builder: SampleBuilder, tokenizers: Tokenizers) -> None:
     where = r"^train\.json\[7\] \(id 'abc'\): "
     with pytest.raises(RecordError, match=where + "a human turn holds '</s>'"):
-        builder.build(record("<image></s>", "A."))
+        built(builder, record("<image></s>", "A."))
     with pytest.raises(RecordError, match=where + "template plain takes"):
-        replace(builder, template=Template.plain).build(record("Hi", "A."))
+        built(replace(builder, template=Template.plain), record("Hi", "A."))
     blind = tokenizers["llama"].chat_template
     tokenizers["llama"].chat_template = str(blind).replace("message.content.strip()", "message.content[8:]", 1)
     try:
         with pytest.raises(RecordError, match=where + "its text has 0 <image> for 1 images"):
-            replace(builder, template=Template.chat).build(record("<image>\nWhich?", "A."))
+            built(replace(builder, template=Template.chat), record("<image>\nWhich?", "A."))
     finally:
         tokenizers["llama"].chat_template = blind
 
 
 def test_instructions_are_those_of_each_images_turn(builder: SampleBuilder) -> None:
     reading = replace(builder, instruction=True)
-    one = reading.build(record("<image>\nWhich?", "A.", "<image> And this?", "B."))
+    one = built(reading, record("<image>\nWhich?", "A.", "<image> And this?", "B."))
     texts = [reading.tokenizer.decode(ids) for ids in one.instruction_ids]
     assert texts == ["Which?", "And this?"]
     assert all(builder.tokenizer.bos_token_id not in ids for ids in one.instruction_ids)
-    longer = reading.build(record("<image>\nWhich?", "Else.", "<image> And this?", "B.", "More?", "C."))
+    longer = built(reading, record("<image>\nWhich?", "Else.", "<image> And this?", "B.", "More?", "C."))
     assert longer.instruction_ids == one.instruction_ids
-    plain = replace(reading, template=Template.plain).build(record("Describe.\n<image>", "A cube"))
+    plain = built(replace(reading, template=Template.plain), record("Describe.\n<image>", "A cube"))
     assert [reading.tokenizer.decode(ids) for ids in plain.instruction_ids] == [CAPTION_INSTRUCTION]
 
 
@@ -136,9 +149,9 @@ def test_tokenizers_that_lack_something(
 def test_collate_pads_and_masks(side: Any, builder: SampleBuilder) -> None:
     reading = replace(builder, instruction=True)
     samples = [
-        reading.build(record("<image><image>\nWhich?", "The first.")),
-        reading.build(record("Hello", "Hi")),
-        reading.build(record("<image>", "A.")),
+        built(reading, record("<image><image>\nWhich?", "The first.")),
+        built(reading, record("Hello", "Hi")),
+        built(reading, record("<image>", "A.")),
     ]
     batch = collate(samples, pad_token_id=9, padding_side=side)
     width = max(len(sample.input_ids) for sample in samples)
@@ -157,8 +170,8 @@ def test_collate_pads_and_masks(side: Any, builder: SampleBuilder) -> None:
 
 
 def test_collate_without_images_or_instructions(builder: SampleBuilder) -> None:
-    batch = collate([builder.build(record("<image>", "A."))], pad_token_id=0)
+    batch = collate([built(builder, record("<image>", "A."))], pad_token_id=0)
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
-    only = collate([replace(builder, instruction=True).build(record("<image>", "A."))], pad_token_id=0)
+    only = collate([built(replace(builder, instruction=True), record("<image>", "A."))], pad_token_id=0)
     assert only["instruction_ids"].shape == (1, 1)
     assert only["instruction_mask"].tolist() == [[0]]

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from vlmzoo.config import Template
 from vlmzoo.data import templates
 from vlmzoo.data.records import Turn
-from vlmzoo.data.tokens import Tokenised, encode_conversation, stop_token_ids
+from vlmzoo.data.tokens import Tokenised, stop_token_ids, tokenise
 
 ANSWERS = ["A red cube.", "字 and é 🎉", " leads with a space", "Two\ncats", "\n", "trails \n", "no"]
 Tokenizers = dict[str, PreTrainedTokenizerBase]
@@ -17,6 +17,13 @@ Tokenizers = dict[str, PreTrainedTokenizerBase]
 
 def turns(*texts: str) -> tuple[Turn, ...]:
     return tuple(Turn("gpt" if index % 2 else "human", text) for index, text in enumerate(texts))
+
+
+def encode(
+    conversation: tuple[Turn, ...], template: Template, tokenizer: PreTrainedTokenizerBase, *, generation: bool = False
+) -> Tokenised:
+    (tokens,) = tokenise([templates.render(conversation, template, tokenizer, generation=generation)], tokenizer)
+    return tokens
 
 
 def supervised_text(tokens: Tokenised, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -39,7 +46,7 @@ def test_what_is_supervised_are_the_answers_and_their_ends(tokenizers: Tokenizer
         conversation = turns("<image>\nWhat is it?", "A red cube.", "How many?", "Two cats")
         conversation = conversation[:2] if template is Template.plain else conversation
         end = "" if template is Template.plain else str(tokenizer.eos_token)
-        tokens = encode_conversation(conversation, template, tokenizer)
+        tokens = encode(conversation, template, tokenizer)
         found = supervised_text(tokens, tokenizer)
         assert squeeze(found) == squeeze("".join(turn.text + end for turn in conversation[1::2])), (name, template)
         if template is Template.plain and name != "words":  # whole words have no line break
@@ -54,8 +61,8 @@ def test_a_prompt_is_what_stands_before_the_targets(answer: str, tokenizers: Tok
             if earlier and template is Template.plain:
                 continue
             conversation = turns(*earlier, "<image>\nWhat is it?", answer)
-            prompt = encode_conversation(conversation, template, tokenizer, generation=True)
-            whole = encode_conversation(conversation, template, tokenizer)
+            prompt = encode(conversation, template, tokenizer, generation=True)
+            whole = encode(conversation, template, tokenizer)
             length = len(prompt.input_ids)
             assert not any(prompt.supervised)
             assert whole.input_ids[:length] == prompt.input_ids, (name, template)
@@ -73,7 +80,7 @@ def test_vicuna_is_llavas_string(tokenizers: Tokenizers) -> None:
         "</s>USER: How many? ASSISTANT: Two.</s>"
     )
     tokenizer = tokenizers["llama, not legacy"]
-    tokens = encode_conversation(conversation, Template.vicuna_v1, tokenizer)
+    tokens = encode(conversation, Template.vicuna_v1, tokenizer)
     text = str(tokenizer.decode(tokens.input_ids, clean_up_tokenization_spaces=False))
     assert text.replace("<s> ", "<s>") == expected
 
@@ -108,14 +115,14 @@ def test_vicuna_ids_and_mask_are_llavas(conversation: tuple[Turn, ...], tokenize
         both = pieces(("" if index else system) + f"USER: {question} ASSISTANT: {conversation[index + 1].text}</s>")
         ids += both
         mask += [False] * len(head) + [True] * (len(both) - len(head))
-    tokens = encode_conversation(conversation, Template.vicuna_v1, tokenizer)
+    tokens = encode(conversation, Template.vicuna_v1, tokenizer)
     assert tokens.input_ids == ids
     assert tokens.supervised == mask
 
 
 def test_plain_ids_are_llavas(tokenizers: Tokenizers) -> None:
     tokenizer = tokenizers["llama"]
-    tokens = encode_conversation(turns("Describe it.\n<image>", "A red cube"), Template.plain, tokenizer)
+    tokens = encode(turns("Describe it.\n<image>", "A red cube"), Template.plain, tokenizer)
     image = [tokenizer.bos_token_id, tokenizer.convert_tokens_to_ids("<image>")]
     caption = tokenizer("A red cube\n")["input_ids"][1:]
     assert tokens.input_ids == image + caption
@@ -125,7 +132,7 @@ def test_plain_ids_are_llavas(tokenizers: Tokenizers) -> None:
 def test_bos_stands_once_where_the_tokenizer_has_one(tokenizers: Tokenizers) -> None:
     for name, template in cases(tokenizers):
         tokenizer = tokenizers[name]
-        ids = encode_conversation(turns("<image>", "A."), template, tokenizer).input_ids
+        ids = encode(turns("<image>", "A."), template, tokenizer).input_ids
         bos = tokenizer.bos_token_id
         assert [index for index, token in enumerate(ids) if token == bos] == ([] if bos is None else [0]), name
 
@@ -133,7 +140,7 @@ def test_bos_stands_once_where_the_tokenizer_has_one(tokenizers: Tokenizers) -> 
 def test_chatml_is_the_tokenizers_own(tokenizers: Tokenizers) -> None:
     tokenizer = tokenizers["byte-level"]
     conversation = turns("<image>\nWhat?", "A cube.", "And?", "A cat.")
-    tokens = encode_conversation(conversation, Template.chat, tokenizer)
+    tokens = encode(conversation, Template.chat, tokenizer)
     roles = {"human": "user", "gpt": "assistant"}
     own = tokenizer.apply_chat_template(
         [{"role": roles[turn.role], "content": turn.text} for turn in conversation], return_dict=False
@@ -145,7 +152,7 @@ def test_chatml_is_the_tokenizers_own(tokenizers: Tokenizers) -> None:
 def test_several_images_stand_in_front_of_their_own_turn(tokenizers: Tokenizers) -> None:
     tokenizer = tokenizers["byte-level"]
     conversation = turns("Look at <image> and <image>.", "A.", "<image> And this?", "B.")
-    text = tokenizer.decode(encode_conversation(conversation, Template.chat, tokenizer).input_ids)
+    text = tokenizer.decode(encode(conversation, Template.chat, tokenizer).input_ids)
     assert "user\n<image>\n<image>\nLook at  and .<|im_end|>" in text
     assert "user\n<image>\nAnd this?<|im_end|>" in text
 
@@ -157,12 +164,12 @@ def test_special_tokens_in_texts_are_refused(role: int, tokenizers: Tokenizers) 
         texts = ["What?", "A cube."]
         texts[role] += special
         with pytest.raises(ValueError, match="turn holds") as caught:
-            encode_conversation(turns(*texts), Template.vicuna_v1, tokenizers[name])
+            encode(turns(*texts), Template.vicuna_v1, tokenizers[name])
         assert special in str(caught.value)
     texts = ["What?", "A <b>bold</b> <|im_end|> cube"]  # text to a tokenizer that has no such token
-    assert encode_conversation(turns(*texts), Template.vicuna_v1, tokenizers["llama"]).input_ids
+    assert encode(turns(*texts), Template.vicuna_v1, tokenizers["llama"]).input_ids
     with pytest.raises(ValueError, match="<image>"):
-        encode_conversation(turns("What?", "A <image>."), Template.vicuna_v1, tokenizers["llama"])
+        encode(turns("What?", "A <image>."), Template.vicuna_v1, tokenizers["llama"])
 
 
 CHATML_START = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
@@ -180,9 +187,7 @@ def test_what_a_template_marks_as_generated_is_what_follows_the_prompts(tokenize
     plain = _copy(tokenizers["byte-level"], MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
     marked = _copy(tokenizers["byte-level"], MARKED)
     for texts in (["<image>\nWhat?", "A cube."], ["What?", "Two\ncats", "And?", "A.", "Who?", " é 字 "]):
-        assert encode_conversation(turns(*texts), Template.chat, marked) == encode_conversation(
-            turns(*texts), Template.chat, plain
-        )
+        assert encode(turns(*texts), Template.chat, marked) == encode(turns(*texts), Template.chat, plain)
     assert templates.GENERATION.search(MARKED)
 
 
@@ -203,7 +208,7 @@ def test_what_a_template_marks_as_generated_is_what_follows_the_prompts(tokenize
 def test_templates_that_mark_what_no_answer_is(body: str, message: str, tokenizers: Tokenizers) -> None:
     with_template = _copy(tokenizers["byte-level"], CHATML_START + body + CHATML_END)
     with pytest.raises(ValueError, match=message):
-        encode_conversation(turns("What?", "A cube.", "And?", "A cat."), Template.chat, with_template)
+        encode(turns("What?", "A cube.", "And?", "A cat."), Template.chat, with_template)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +223,7 @@ def test_templates_that_mark_what_no_answer_is(body: str, message: str, tokenize
 def test_templates_whose_answers_cannot_be_found(body: str, message: str, tokenizers: Tokenizers) -> None:
     with_template = _copy(tokenizers["byte-level"], CHATML_START + body + CHATML_END)
     with pytest.raises(ValueError, match=message.replace("|", r"\|")):
-        encode_conversation(turns("What?", "A cube.", "And?", "A cat."), Template.chat, with_template)
+        encode(turns("What?", "A cube.", "And?", "A cat."), Template.chat, with_template)
 
 
 def test_empty_thoughts_are_the_prompts(tokenizers: Tokenizers) -> None:
@@ -227,7 +232,7 @@ def test_empty_thoughts_are_the_prompts(tokenizers: Tokenizers) -> None:
     body = "{% if m.role == 'assistant' and loop.last %}" + thoughts + "{% endif %}{{ m.content }}"
     end = "{% if add_generation_prompt and enable_thinking is false %}" + thoughts + "{% endif %}"
     tokenizer = _copy(tokenizers["byte-level"], CHATML_START + body + CHATML_END + end)
-    tokens = encode_conversation(turns("What?", "A cube."), Template.chat, tokenizer)
+    tokens = encode(turns("What?", "A cube."), Template.chat, tokenizer)
     assert supervised_text(tokens, tokenizer) == "A cube.<|im_end|>"
 
 
@@ -238,7 +243,7 @@ def test_a_special_token_that_swallows_space_is_no_target(tokenizers: Tokenizers
         "{{ '<|im_end|>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
     )
     tokenizer.add_tokens([AddedToken(f"<|{role}|>", special=True, rstrip=True) for role in ("user", "assistant")])
-    tokens = encode_conversation(turns("What?", "  A cube."), Template.chat, tokenizer)
+    tokens = encode(turns("What?", "  A cube."), Template.chat, tokenizer)
     assert supervised_text(tokens, tokenizer) == "A cube.<|im_end|>"
 
 
@@ -250,7 +255,7 @@ def test_the_space_at_the_end_of_a_prompt_is_no_target(name: str, tokenizers: To
         "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
     tokenizer = _copy(tokenizers[name], template)
-    tokens = encode_conversation(turns("What?", "字"), Template.chat, tokenizer)
+    tokens = encode(turns("What?", "字"), Template.chat, tokenizer)
     assert supervised_text(tokens, tokenizer) == "字" + end
     assert sum(tokens.supervised) == 4  # three bytes and the end
 
@@ -258,7 +263,7 @@ def test_the_space_at_the_end_of_a_prompt_is_no_target(name: str, tokenizers: To
 def test_plain_takes_one_image_turn_and_one_answer(tokenizers: Tokenizers) -> None:
     for conversation in (turns("Hi", "A."), turns("<image>", "A.", "B?", "C.")):
         with pytest.raises(ValueError, match="template plain takes one human turn with <image> and one answer"):
-            encode_conversation(conversation, Template.plain, tokenizers["llama"])
+            encode(conversation, Template.plain, tokenizers["llama"])
 
 
 def test_answers_stop_at_the_eos_and_at_the_templates_end(tokenizers: Tokenizers) -> None:

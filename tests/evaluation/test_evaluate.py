@@ -73,12 +73,12 @@ def samples(tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
     builder = SampleBuilder(
         tokenizer, build.image_token_id(tokenizer), lambda layout: 3, (1, 3), Template.vicuna_v1, 100
     )
-    built = []
+    records = []
     for index, (question, answer, capability) in enumerate(QUESTIONS):
         turns = (Turn("human", question), Turn("gpt", answer))
         images = (Path("a.png"),) * question.count("<image>")
-        built.append(builder.build(Record(f"q{index}", images, turns, "where", capability), generation=True))
-    return built
+        records.append(Record(f"q{index}", images, turns, "where", capability))
+    return builder.build(records, generation=True)
 
 
 def test_answers_are_what_follows_the_prompt(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

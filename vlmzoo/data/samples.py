@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from vlmzoo.config import Template
 from vlmzoo.connector import Grid, ImageLayout
 from vlmzoo.data.records import IMAGE_TOKEN, Record, RecordError
-from vlmzoo.data.templates import instruction_texts, special_tokens
-from vlmzoo.data.tokens import encode_conversation
+from vlmzoo.data.templates import Rendered, instruction_texts, render, special_tokens
+from vlmzoo.data.tokens import Tokenised, tokenise
 
 IGNORE = -100
 
@@ -65,17 +65,24 @@ class SampleBuilder:
         if self.template is Template.chat and not self.tokenizer.chat_template:
             raise ValueError(f"{name} has no chat template; set its chat_template, or use template vicuna_v1")
 
-    def build(self, record: Record, *, generation: bool = False) -> Sample:
-        """The record's sample; for generation, its prompt without the last answer.
+    def build(self, records: Sequence[Record], *, generation: bool = False) -> list[Sample]:
+        """The records' samples; for generation, their prompts without the last answer.
 
         Raises:
             RecordError: a conversation that the template cannot express, an image or all targets beyond
                 `max_length`, a prompt longer than that, no target at all.
         """
+        rendered = [self._render(record, generation) for record in records]
+        tokens = tokenise(rendered, self.tokenizer)
+        return [self._sample(record, found, generation) for record, found in zip(records, tokens, strict=True)]
+
+    def _render(self, record: Record, generation: bool) -> Rendered:
         try:
-            tokens = encode_conversation(record.turns, self.template, self.tokenizer, generation=generation)
+            return render(record.turns, self.template, self.tokenizer, generation=generation)
         except ValueError as error:
             raise RecordError(f"{record.where}: {error}") from None
+
+    def _sample(self, record: Record, tokens: Tokenised, generation: bool) -> Sample:
         layouts = tuple(ImageLayout((self.grid,)) for _ in record.images)
         if (placed := tokens.input_ids.count(self.image_token_id)) != len(layouts):
             raise RecordError(f"{record.where}: its text has {placed} {IMAGE_TOKEN} for {len(layouts)} images")

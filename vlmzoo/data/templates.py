@@ -42,18 +42,31 @@ def render(
 ) -> Rendered:
     """The conversation's text in a template, without the tokenizer's own BOS.
 
+    Texts are data: one that holds a special token of the tokenizer, such as `</s>`, is refused.
+
     Args:
-        generation: the turns end with a human one; end with the prompt for its answer.
+        generation: leave the last answer out and end with the prompt for it. There are no targets then.
 
     Raises:
-        ValueError: turns that the template cannot express.
+        ValueError: turns that the template cannot express, or that hold a special token.
     """
+    _refuse_special_tokens(turns, tokenizer)
+    if generation and turns[-1].role == "gpt":
+        turns = turns[:-1]
     if template is Template.plain:
         return _plain(turns, generation)
     turns = [Turn(turn.role, _images_first(turn.text)) for turn in turns]
     if template is Template.vicuna_v1:
         return _vicuna(turns, tokenizer, generation)
     return _chat(turns, tokenizer, generation)
+
+
+def _refuse_special_tokens(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> None:
+    special = special_tokens(tokenizer)
+    for turn in turns:
+        text = turn.text.replace(IMAGE_TOKEN, "") if turn.role == "human" else turn.text
+        if found := next((token for token in special if token in text), None):
+            raise ValueError(f"a {turn.role} turn holds {found!r}, a special token of the tokenizer: take it out")
 
 
 def instruction_texts(turns: Sequence[Turn], template: Template) -> list[str]:

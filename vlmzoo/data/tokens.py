@@ -1,17 +1,17 @@
-"""Conversations -> token ids and which of them are targets, by the spans of the answers in the text."""
+"""Rendered conversations -> token ids and which of them are targets, by the spans of the answers in the text."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
 from vlmzoo.config import Template
-from vlmzoo.data.records import IMAGE_TOKEN, Turn
-from vlmzoo.data.templates import render, special_tokens
+from vlmzoo.data.records import Turn
+from vlmzoo.data.templates import Rendered, Span, render, special_tokens
 
 BEYOND = (math.inf, math.inf)  # a target that no token reaches
 
@@ -22,44 +22,38 @@ class Tokenised:
     supervised: list[bool]
 
 
-def encode_conversation(
-    turns: Sequence[Turn], template: Template, tokenizer: PreTrainedTokenizerBase, *, generation: bool = False
-) -> Tokenised:
-    """The conversation's ids, with one `<image>` an image, and which of them are supervised.
+def tokenise(conversations: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -> list[Tokenised]:
+    """The ids of every conversation, with one `<image>` an image, and which of them are supervised.
 
-    The text is tokenised once, as a whole; a token is supervised if it shares a character with a target. Texts are
-    data: one that holds a special token of the tokenizer, such as `</s>`, is refused.
-
-    Args:
-        generation: leave the last answer out and end with the prompt for it. No token is supervised then.
-
-    Raises:
-        ValueError: turns that the template cannot express.
+    Each text is tokenised once, as a whole; a token is supervised if it shares a character with a target.
     """
-    special = special_tokens(tokenizer)
-    _refuse(special, turns)
-    if generation and turns[-1].role == "gpt":
-        turns = turns[:-1]
-    rendered = render(turns, template, tokenizer, generation=generation)
-    encoded = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids: list[int] = encoded["input_ids"]
-    special_ids = set(special.values())
-    targets = iter((*rendered.targets, BEYOND))
+    texts = [conversation.text for conversation in conversations]
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    special, begin = set(special_tokens(tokenizer).values()), _begin(tokenizer)
+    found = []
+    for conversation, ids, offsets in zip(conversations, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        supervised = _supervised(ids, offsets, conversation.targets, special)
+        if ids[: len(begin)] == begin:  # a chat template may have written it
+            found.append(Tokenised(ids, supervised))
+        else:
+            found.append(Tokenised([*begin, *ids], [False] * len(begin) + supervised))
+    return found
+
+
+def _supervised(ids: list[int], offsets: list[Span], spans: Sequence[Span], special: set[int]) -> list[bool]:
+    targets = iter((*spans, BEYOND))
     target_start, target_end = next(targets)
     supervised, previous = [], 0
-    for token, (start, end) in zip(ids, encoded["offset_mapping"], strict=True):
+    for token, (start, end) in zip(ids, offsets, strict=True):
         if start == end:
             start = previous  # byte-level tokenizers trim the space that such a token is
         while target_end <= start:
             target_start, target_end = next(targets)
         # A special token that begins before a target only swallowed the space there.
-        begins_before = start < target_start and token in special_ids
+        begins_before = start < target_start and token in special
         supervised.append(start < target_end and end > target_start and not begins_before)
         previous = end
-    begin = _begin(tokenizer)
-    if ids[:1] != begin:  # a chat template may have written it
-        ids, supervised = [*begin, *ids], [False] * len(begin) + supervised
-    return Tokenised(ids, supervised)
+    return supervised
 
 
 @lru_cache(maxsize=4)  # a tokenizer is asked for every record
@@ -67,13 +61,6 @@ def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer begins every text with: its BOS, or nothing."""
     ids = tokenizer("")["input_ids"]
     return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
-
-
-def _refuse(special: Iterable[str], turns: Sequence[Turn]) -> None:
-    for turn in turns:
-        text = turn.text.replace(IMAGE_TOKEN, "") if turn.role == "human" else turn.text
-        if found := next((token for token in special if token in text), None):
-            raise ValueError(f"a {turn.role} turn holds {found!r}, a special token of the tokenizer: take it out")
 
 
 def stop_token_ids(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[int]:
