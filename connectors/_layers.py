@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vlmzoo.connector import VisualInput
+from vlmzoo.connector import Grid, TokenConnector, VisualInput
 from vlmzoo.kernels.attention import latent_attention
 from vlmzoo.registry import unknown
 
@@ -18,13 +19,30 @@ KeysValues = tuple[Tensor, Tensor]
 """Both (batch, length, heads, head_dim)."""
 
 
+class GridConnector(TokenConnector):
+    """A connector whose tokens stand on a grid of their own."""
+
+    @abstractmethod
+    def output_grid(self, grid: Grid) -> Grid: ...
+
+    def num_tokens(self, grid: Grid) -> int:
+        height, width = self.output_grid(grid)
+        return height * width
+
+
 def squared_relu(x: Tensor) -> Tensor:
     return F.relu(x).square()
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "relu": F.relu,
+    "silu": F.silu,
+    "gelu_tanh": gelu_tanh,
     "squared_relu": squared_relu,
     "swiglu": F.silu,  # the gate's
 }
@@ -49,16 +67,18 @@ class BlockShape:
 
 
 class FeedForward(nn.Module):
-    """W_down act(W_up x); for `swiglu` W_down (silu(W_gate x) * W_up x)."""
+    """W_down act(W_up x); for `swiglu` W_down (silu(W_gate x) * W_up x). Its width stays, where `out_dim` is None."""
 
-    def __init__(self, dim: int, intermediate_size: int, activation: str, *, bias: bool = False) -> None:
+    def __init__(
+        self, dim: int, intermediate_size: int, activation: str, *, bias: bool = False, out_dim: int | None = None
+    ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise unknown("activation", activation, ACTIVATIONS)
         self.activation = ACTIVATIONS[activation]
         self.gate = nn.Linear(dim, intermediate_size, bias=bias) if activation == "swiglu" else None
         self.up = nn.Linear(dim, intermediate_size, bias=bias)
-        self.down = nn.Linear(intermediate_size, dim, bias=bias)
+        self.down = nn.Linear(intermediate_size, out_dim or dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
@@ -67,7 +87,10 @@ class FeedForward(nn.Module):
 
 
 class MultiHeadAttention(nn.Module):
-    """Attention of hidden states over keys and values, which are projected apart so that they can be kept."""
+    """Attention of hidden states over keys and values, which are projected apart so that they can be kept.
+
+    With `num_kv_heads` several heads share one key and one value (grouped-query attention).
+    """
 
     def __init__(
         self,
@@ -76,21 +99,33 @@ class MultiHeadAttention(nn.Module):
         *,
         num_heads: int,
         head_dim: int,
+        num_kv_heads: int | None = None,
         bias: bool = False,
         qk_norm: Callable[[int], nn.Module] = nn.Identity,
     ) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        num_kv_heads = num_kv_heads or num_heads
+        if num_heads % num_kv_heads:
+            raise ValueError(f"attention: {num_heads} heads cannot share {num_kv_heads} keys and values evenly")
+        self.head_dim, self.sharing = head_dim, num_heads // num_kv_heads
         self.query = nn.Linear(dim, num_heads * head_dim, bias=bias)
-        self.key = nn.Linear(memory_dim, num_heads * head_dim, bias=bias)
-        self.value = nn.Linear(memory_dim, num_heads * head_dim, bias=bias)
+        self.key = nn.Linear(memory_dim, num_kv_heads * head_dim, bias=bias)
+        self.value = nn.Linear(memory_dim, num_kv_heads * head_dim, bias=bias)
         self.out = nn.Linear(num_heads * head_dim, dim, bias=bias)
         self.query_norm, self.key_norm = qk_norm(head_dim), qk_norm(head_dim)
 
+    def keys(self, memory: Tensor) -> Tensor:
+        """Keys (batch, length, heads, head_dim) of a memory (batch, length, memory_dim)."""
+        return self.key_norm(self._heads(self.key(memory)))
+
+    def values(self, memory: Tensor) -> Tensor:
+        """Values (batch, length, heads, head_dim) of a memory (batch, length, memory_dim)."""
+        return self._heads(self.value(memory))
+
     def keys_values(self, memory: Tensor) -> KeysValues:
-        """Keys and values of a memory (batch, length, memory_dim)."""
-        value = self._heads(self.value(memory))
-        return self.key_norm(self._heads(self.key(memory))).type_as(value), value
+        """Both, of one memory."""
+        values = self.values(memory)
+        return self.keys(memory).type_as(values), values  # autocast leaves norms in float32
 
     def forward(
         self, hidden: Tensor, memory: KeysValues, latents: KeysValues | None = None, mask: Tensor | None = None
@@ -98,12 +133,18 @@ class MultiHeadAttention(nn.Module):
         """(batch, length, dim); `mask` as in `latent_attention`, over the keys of the memory, then of the latents."""
         k, v = memory
         k2, v2 = latents or (None, None)
-        q = self.query_norm(self._heads(self.query(hidden))).type_as(v)  # autocast leaves norms in float32
+        if self.sharing > 1:
+            k, v = self._shared(k), self._shared(v)
+            k2, v2 = (None, None) if k2 is None or v2 is None else (self._shared(k2), self._shared(v2))
+        q = self.query_norm(self._heads(self.query(hidden))).type_as(v)
         out = latent_attention(q, k, v, k2=k2, v2=v2, mask=mask)
         return self.out(rearrange(out, "batch length heads dim -> batch length (heads dim)"))
 
     def _heads(self, x: Tensor) -> Tensor:
-        return rearrange(x, "batch length (heads dim) -> batch length heads dim", heads=self.num_heads)
+        return rearrange(x, "batch length (heads dim) -> batch length heads dim", dim=self.head_dim)
+
+    def _shared(self, x: Tensor) -> Tensor:
+        return x.repeat_interleave(self.sharing, dim=2)
 
 
 def image_memory(visual: VisualInput, *, cls: bool = False) -> tuple[Tensor, Tensor]:
@@ -126,3 +167,74 @@ def image_memory(visual: VisualInput, *, cls: bool = False) -> tuple[Tensor, Ten
         for tensor in (values, mask)
     )
     return values, mask
+
+
+def to_map(patches: Tensor, grid: Grid) -> Tensor:
+    """(crops, patches, dim) -> (crops, dim, height, width)."""
+    return rearrange(patches, "crops (height width) dim -> crops dim height width", height=grid[0])
+
+
+def to_tokens(features: Tensor) -> Tensor:
+    """(crops, dim, height, width) -> (crops, tokens, dim)."""
+    return rearrange(features, "crops dim height width -> crops (height width) dim")
+
+
+def merged(connector: str, grid: Grid, factor: int) -> Grid:
+    """The grid of blocks of `factor` x `factor` patches.
+
+    Raises:
+        ValueError: blocks do not fill it.
+    """
+    if grid[0] % factor or grid[1] % factor:
+        raise ValueError(
+            f"connector {connector!r}: a grid of {grid[0]} x {grid[1]} patches is not filled by blocks of "
+            f"{factor} x {factor}"
+        )
+    return grid[0] // factor, grid[1] // factor
+
+
+def merge_patches(patches: Tensor, grid: Grid, factor: int) -> Tensor:
+    """Blocks of patches as channels, row by row: (crops, patches / factor², factor² · dim)."""
+    return rearrange(
+        patches,
+        "crops (height rows width columns) dim -> crops (height width) (rows columns dim)",
+        rows=factor,
+        columns=factor,
+        height=grid[0] // factor,
+    )
+
+
+def pooled(grid: Grid, side: int) -> Grid:
+    """What adaptive pooling to `side` x `side` leaves of a grid; it never makes more of fewer patches."""
+    return min(grid[0], side), min(grid[1], side)
+
+
+def pool(patches: Tensor, grid: Grid, output: Grid) -> Tensor:
+    """Means over the regions of an output grid, (crops, tokens, dim)."""
+    return to_tokens(F.adaptive_avg_pool2d(to_map(patches, grid), output))
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """Layer norm over the channels of a map (crops, dim, height, width)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class SqueezeExcite(nn.Module):
+    """Channels weighted by what a bottleneck reads from their means.
+
+    Source: Hu et al., Squeeze-and-Excitation Networks (2018), section 3.
+    """
+
+    def __init__(
+        self, dim: int, bottleneck: int, activation: Callable[[Tensor], Tensor], gate: Callable[[Tensor], Tensor]
+    ) -> None:
+        super().__init__()
+        self.down = nn.Linear(dim, bottleneck)
+        self.up = nn.Linear(bottleneck, dim)
+        self.activation, self.gate = activation, gate
+
+    def forward(self, features: Tensor) -> Tensor:
+        weights = self.gate(self.up(self.activation(self.down(features.mean((2, 3))))))
+        return features * weights[:, :, None, None]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from vlmzoo.connector import Grid, TokenConnector, register
+from vlmzoo.connector import Grid, register
+from vlmzoo.connectors._layers import GridConnector
 
 
 @register("linear")
-class LinearConnector(TokenConnector):
+class LinearConnector(GridConnector):
     """As many tokens as patches, each W x + b.
 
     Source: Liu et al., Visual Instruction Tuning (LLaVA, 2023), section 4.1; also Beyer et al., PaliGemma (2024).
@@ -17,9 +18,6 @@ class LinearConnector(TokenConnector):
     def __init__(self, vision_dim: int, text_dim: int) -> None:
         super().__init__()
         self.project = nn.Linear(vision_dim, text_dim)
-
-    def num_tokens(self, grid: Grid) -> int:
-        return grid[0] * grid[1]
 
     def output_grid(self, grid: Grid) -> Grid:
         return grid

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from vlmzoo.connector import Grid, TokenConnector, register
-from vlmzoo.connectors._layers import at_least_one
+from vlmzoo.connector import Grid, register
+from vlmzoo.connectors._layers import GridConnector, at_least_one
 
 
 @register("mlp")
-class MLPConnector(TokenConnector):
+class MLPConnector(GridConnector):
     """As many tokens as patches, each through `depth` linear layers with an exact GELU between them.
 
     Source: Liu et al., Improved Baselines with Visual Instruction Tuning (LLaVA-1.5, 2023), section 3.3: `mlp2x_gelu`.
@@ -22,9 +22,6 @@ class MLPConnector(TokenConnector):
         for _ in range(depth - 1):
             layers += [nn.GELU(), nn.Linear(text_dim, text_dim)]
         self.layers = nn.Sequential(*layers)
-
-    def num_tokens(self, grid: Grid) -> int:
-        return grid[0] * grid[1]
 
     def output_grid(self, grid: Grid) -> Grid:
         return grid

@@ -191,7 +191,10 @@ class TokenConnector(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, patches: Tensor, grid: Grid) -> Tensor:
-        """(crops, patches, vision_dim) -> (crops, tokens, text_dim)."""
+        """(crops, patches, vision_dim) -> (crops, tokens, text_dim).
+
+        Where it `requires` several layers, they stand side by side: (crops, patches, layers · vision_dim).
+        """
 
 
 class TokenConnectorAdapter(Connector):
@@ -210,14 +213,15 @@ class TokenConnectorAdapter(Connector):
         return self.inner.output_grid(grid)
 
     def forward(self, visual: VisualInput) -> VisualTokens:
-        (features,) = visual.maps
+        features = visual.maps[0]
+        values = torch.cat([layer.values for layer in visual.maps], -1) if len(visual.maps) > 1 else features.values
         if len(set(features.grids)) == 1 and len(features.grids) == visual.num_images:
-            tokens = self.inner(features.values, features.grids[0])  # the common case needs no scatter
+            tokens = self.inner(values, features.grids[0])  # the common case needs no scatter
             return VisualTokens(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device))
         crops: dict[int, Tensor] = {}
         for grid in sorted(set(features.grids)):
             rows = [row for row, other in enumerate(features.grids) if other == grid]
-            tokens = self.inner(features.values[rows, : grid[0] * grid[1]], grid)
+            tokens = self.inner(values[rows, : grid[0] * grid[1]], grid)
             crops.update(zip(rows, tokens, strict=True))
         images, first = [], 0
         for layout in visual.layouts:

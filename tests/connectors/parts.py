@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmzoo import build
 from vlmzoo.connector import (
     Connector,
     FeatureMap,
@@ -33,8 +33,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "perceiver": {"num_latents": 5, "num_layers": 2, "num_heads": 2, "head_dim": 8},
     "gated_cross_attention": {"every": 2, "num_heads": 2, "head_dim": 8, "num_latents": 5, "num_resampler_layers": 1},
 }
-for name in SMALL:
-    importlib.import_module(f"vlmzoo.connectors.{name}")
+build.load_connectors()
 
 
 def create(name: str, options: dict[str, Any] | None = None, vision: VisionSpec = VISION, text: TextSpec = TEXT) -> Any:

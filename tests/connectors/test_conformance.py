@@ -1,4 +1,4 @@
-"""The five connectors, and the variants of their papers, keep the contract."""
+"""Every connector, and the variants of their papers, keep the contract."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from vlmzoo.build import load_connectors
 from vlmzoo.conformance import check
+from vlmzoo.connector import connectors
 
 VARIANTS = [
     ("linear", {}),
@@ -17,7 +19,30 @@ VARIANTS = [
     ("perceiver", {"num_latents": 8, "num_layers": 2, "num_heads": 2, "head_dim": 8}),
     ("gated_cross_attention", {"num_latents": 8, "num_resampler_layers": 2, "num_heads": 2, "head_dim": 8}),
     ("gated_cross_attention", {"memory": "patches", "every": 1}),
+    ("vip_llava", {}),
+    ("minigpt_v2", {"group": 2}),
+    ("internvl", {}),
+    ("idefics3", {}),
+    ("qwen2_vl", {}),
+    ("qwen2_vl", {"norm": "rms"}),
+    ("mistral3", {}),
+    ("average_pool", {"side": 3}),
+    ("gemma3", {"factor": 2}),
+    ("c_abstractor", {"side": 3, "depth": 1, "hidden_size": 24, "position_side": 5}),
+    ("ldp", {}),
+    ("ldp_v2", {"side": 3}),
+    ("token_packer", {"hidden_size": 24, "num_heads": 2}),
+    ("qwen_vl", {"side": 3, "num_heads": 4}),
+    ("attention_pooling", {"num_queries": 5, "num_heads": 2}),
+    ("idefics2", {"num_latents": 5, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}),
+    ("ovis", {"vocab_size": 40, "factor": 2}),
+    ("aria", {"num_queries": 3, "many_patches": 13}),
 ]
+
+
+def test_no_connector_is_left_out() -> None:
+    load_connectors()
+    assert {name for name, _ in VARIANTS} == set(connectors.names())
 
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS, ids=lambda value: str(value))
