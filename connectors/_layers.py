@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vlmzoo.connector import Grid, TokenConnector, VisualInput
+from vlmzoo.connector import Grid, TokenConnector, VisualInput, side_by_side
 from vlmzoo.kernels.attention import latent_attention
 from vlmzoo.registry import unknown
 
@@ -64,6 +64,7 @@ class BlockShape:
     ffn_multiplier: float
     activation: str
     qk_norm: bool
+    num_kv_heads: int | None = None  # None: as many as heads
 
 
 class FeedForward(nn.Module):
@@ -150,14 +151,14 @@ class MultiHeadAttention(nn.Module):
 def image_memory(visual: VisualInput, *, cls: bool = False) -> tuple[Tensor, Tensor]:
     """All crops of each image one behind the other, (images, tokens, vision_dim), and which are real, (images, tokens).
 
-    With `cls` that token stands before the patches of its crop. What is not real is 0.
+    Several layers stand side by side, in the last dimension. With `cls` that token stands before the patches of its
+    crop. What is not real is 0.
     """
-    (features,) = visual.maps
-    mask = features.mask
-    values = features.values.masked_fill(~mask[..., None], 0)
+    mask = visual.maps[0].mask
+    values = side_by_side(visual).masked_fill(~mask[..., None], 0)
     if cls:
-        assert features.cls is not None
-        values = torch.cat([features.cls[:, None], values], 1)
+        tokens = [features.cls for features in visual.maps if features.cls is not None]
+        values = torch.cat([torch.cat(tokens, -1)[:, None], values], 1)
         mask = F.pad(mask, (1, 0), value=True)
     if len(values) == visual.num_images:
         return values, mask

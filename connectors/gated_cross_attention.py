@@ -46,11 +46,12 @@ class GatedCrossAttentionBlock(InLLMLayer):
             memory_dim,
             num_heads=shape.num_heads,
             head_dim=shape.head_dim,
+            num_kv_heads=shape.num_kv_heads,
             qk_norm=norm if shape.qk_norm else nn.Identity,
         )
         self.attention_gate = nn.Parameter(torch.zeros(1))
         self.feed_forward_norm = norm(dim)
-        self.feed_forward = FeedForward(dim, int(shape.ffn_multiplier * dim), shape.activation)
+        self.feed_forward = FeedForward(dim, round(shape.ffn_multiplier * dim), shape.activation)
         self.feed_forward_gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, hidden: Tensor, context: LayerContext) -> Tensor:

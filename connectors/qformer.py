@@ -167,6 +167,11 @@ class QFormer(Connector):
         return len(self.queries)
 
     def forward(self, visual: VisualInput) -> VisualTokens:
+        tokens = self.project(self.read(visual))
+        return VisualTokens(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device))
+
+    def read(self, visual: VisualInput) -> Tensor:
+        """The queries (images, num_queries, hidden_size) after the last layer."""
         memory, memory_mask = image_memory(visual, cls=self.requires.cls)
         memory, memory_mask = self.memory_norm(memory), memory_mask[:, None, None]
         hidden, mask = self.queries.expand(visual.num_images, -1, -1), None
@@ -179,8 +184,7 @@ class QFormer(Connector):
         hidden = self.dropout(self.norm(hidden))
         for layer in self.layers:
             hidden = layer(hidden, mask, num_queries, memory, memory_mask)
-        tokens = self.project(hidden[:, :num_queries])
-        return VisualTokens(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device))
+        return hidden[:, :num_queries]
 
 
 def _initialise(module: nn.Module) -> None:

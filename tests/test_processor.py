@@ -62,6 +62,22 @@ def test_slots_are_those_of_the_model(connector: Any, encoder: str, models: Path
     assert torch.isfinite(logits[inputs["attention_mask"].bool()]).all()
 
 
+@pytest.mark.parametrize("connector", [{"name": "matryoshka", "options": {"sides": [3, 2, 1]}}, "mqt"])
+def test_a_token_budget_holds_for_processor_and_model(connector: Any, models: Path) -> None:
+    model, processor = make(models, connector)
+    token, lengths = model.config.image_token_id, []
+    for budget in (None, 4, 1):
+        inputs = processor(RED, "<image> What color is it ?", token_budget=budget)
+        lengths.append(int((inputs["input_ids"] == token).sum()))
+        found = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        assert found.shape[0] == 1
+    assert lengths[0] == model.num_tokens(layout(model))
+    assert lengths[1:] == [4, 1]
+    inputs["token_budget"] = torch.tensor([1, 1])
+    with pytest.raises(ValueError, match="token_budget holds 2 numbers for 1 images"):
+        model(**inputs)
+
+
 def test_the_slots_stand_where_the_token_stood(processor: Any) -> None:
     token = processor.layouts.image_token_id
     ids = processor(RED, "What <image> is it")["input_ids"][0].tolist()

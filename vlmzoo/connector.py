@@ -63,7 +63,7 @@ class ImageLayout:
 
     grids: tuple[Grid, ...]  # one a crop, in patches
     size: tuple[int, int] | None = None  # (height, width) of the original in pixels
-    token_budget: int | None = None
+    token_budget: int | None = None  # at most so many tokens, for connectors that can make fewer; None: all
 
     @property
     def num_crops(self) -> int:
@@ -157,7 +157,7 @@ class Connector(nn.Module, ABC):
 
     requires: FeatureRequest = FeatureRequest()
     without_gradient: frozenset[str] = frozenset()
-    """Names of parameters that the source leaves without any gradient (a check shows that they get none)."""
+    """Names of parameters that the source does not train (a check shows that they get no gradient)."""
 
     @abstractmethod
     def num_tokens(self, image: ImageLayout) -> int:
@@ -213,21 +213,7 @@ class TokenConnectorAdapter(Connector):
         return self.inner.output_grid(grid)
 
     def forward(self, visual: VisualInput) -> VisualTokens:
-        features = visual.maps[0]
-        values = torch.cat([layer.values for layer in visual.maps], -1) if len(visual.maps) > 1 else features.values
-        if len(set(features.grids)) == 1 and len(features.grids) == visual.num_images:
-            tokens = self.inner(values, features.grids[0])  # the common case needs no scatter
-            return VisualTokens(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device))
-        crops: dict[int, Tensor] = {}
-        for grid in sorted(set(features.grids)):
-            rows = [row for row, other in enumerate(features.grids) if other == grid]
-            tokens = self.inner(values[rows, : grid[0] * grid[1]], grid)
-            crops.update(zip(rows, tokens, strict=True))
-        images, first = [], 0
-        for layout in visual.layouts:
-            images.append(torch.cat([crops[crop] for crop in range(first, first + layout.num_crops)]))
-            first += layout.num_crops
-        return pad_tokens(images)
+        return map_crops(visual, side_by_side(visual), lambda patches, grid, budget: self.inner(patches, grid))
 
 
 connectors = Registry(
@@ -248,3 +234,40 @@ def pad_tokens(images: Sequence[Tensor]) -> VisualTokens:
     counts = torch.tensor([len(image) for image in images], device=tokens.device)
     mask = torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None]
     return VisualTokens(tokens, mask)
+
+
+def side_by_side(visual: VisualInput) -> Tensor:
+    """The layers that were asked for, (crops, patches, layers · vision_dim)."""
+    if len(visual.maps) == 1:
+        return visual.maps[0].values
+    return torch.cat([features.values for features in visual.maps], -1)
+
+
+def map_crops(
+    visual: VisualInput, values: Tensor, tokens_of: Callable[[Tensor, Grid, int | None], Tensor]
+) -> VisualTokens:
+    """The tokens of all crops, joined by image, from `values` (crops, patches, dim) of any layers.
+
+    Args:
+        tokens_of: makes tokens (crops, tokens, text_dim) of crops without padding that share a grid and a token
+            budget; called once for each such pair.
+    """
+    budgets = [layout.token_budget for layout in visual.layouts]
+    share = [
+        (grid, None if budget is None else budget // layout.num_crops)
+        for layout, budget in zip(visual.layouts, budgets, strict=True)
+        for grid in layout.grids
+    ]
+    if len(set(share)) == 1 and len(share) == visual.num_images:
+        tokens = tokens_of(values, *share[0])  # the common case needs no scatter
+        return VisualTokens(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device))
+    crops: dict[int, Tensor] = {}
+    for grid, budget in dict.fromkeys(share):
+        rows = [row for row, other in enumerate(share) if other == (grid, budget)]
+        tokens = tokens_of(values[rows, : grid[0] * grid[1]], grid, budget)
+        crops.update(zip(rows, tokens, strict=True))
+    images, first = [], 0
+    for layout in visual.layouts:
+        images.append(torch.cat([crops[crop] for crop in range(first, first + layout.num_crops)]))
+        first += layout.num_crops
+    return pad_tokens(images)

@@ -201,6 +201,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         image_features: Sequence[FeatureMap] | None = None,
         *,
         num_crops: Tensor | None = None,
+        token_budget: Tensor | None = None,
         instruction_ids: Tensor | None = None,
         instruction_mask: Tensor | None = None,
     ) -> VisualContext:
@@ -211,6 +212,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             pixel_values: (crops, 3, height, width), or
             image_features: what `vision.encode` gave for them.
             num_crops: (images,), where an image has several.
+            token_budget: (images,), for connectors that can make fewer tokens of an image than they might.
             instruction_ids, instruction_mask: (images, length), for connectors that read the instruction.
 
         Raises:
@@ -222,7 +224,13 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             image_features = self.vision.encode(pixel_values, request)
         grids = iter(image_features[0].grids)
         crops = [1] * len(image_features[0].grids) if num_crops is None else num_crops.tolist()
-        layouts = [ImageLayout(tuple(next(grids) for _ in range(count))) for count in crops]
+        budgets = [None] * len(crops) if token_budget is None else token_budget.tolist()
+        if len(budgets) != len(crops):
+            raise ValueError(f"token_budget holds {len(budgets)} numbers for {len(crops)} images")
+        layouts = [
+            ImageLayout(tuple(next(grids) for _ in range(count)), token_budget=budget)
+            for count, budget in zip(crops, budgets, strict=True)
+        ]
         instruction = None
         if request.instruction:
             if instruction_ids is None or instruction_mask is None:
@@ -257,6 +265,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         pixel_values: Tensor | None = None,
         image_features: Sequence[FeatureMap] | None = None,
         num_crops: Tensor | None = None,
+        token_budget: Tensor | None = None,
         instruction_ids: Tensor | None = None,
         instruction_mask: Tensor | None = None,
         visual: VisualContext | None = None,
@@ -279,6 +288,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
                 pixel_values,
                 image_features,
                 num_crops=num_crops,
+                token_budget=token_budget,
                 instruction_ids=instruction_ids,
                 instruction_mask=instruction_mask,
             )
@@ -345,6 +355,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         pixel_values: Tensor | None = None,
         image_features: Sequence[FeatureMap] | None = None,
         num_crops: Tensor | None = None,
+        token_budget: Tensor | None = None,
         instruction_ids: Tensor | None = None,
         instruction_mask: Tensor | None = None,
         **kwargs: Any,
@@ -356,6 +367,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
                 pixel_values,
                 image_features,
                 num_crops=num_crops,
+                token_budget=token_budget,
                 instruction_ids=instruction_ids,
                 instruction_mask=instruction_mask,
             )

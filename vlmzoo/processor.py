@@ -110,6 +110,7 @@ class VisionLanguageProcessor(ProcessorMixin):
         text: str | Sequence[str] | None = None,
         *,
         instruction: str | Sequence[str] | None = None,
+        token_budget: int | None = None,
         image_mode: ImageMode = "pad",
         padding_side: Literal["left", "right"] = "left",
         **kwargs: Any,
@@ -119,6 +120,7 @@ class VisionLanguageProcessor(ProcessorMixin):
         Args:
             images: in the order of the `<image>` in all texts, or a list of them for each text.
             instruction: for each image, where the connector reads one.
+            token_budget: the most tokens an image may take, where the connector can make fewer; None: all.
 
         Raises:
             ValueError: images and `<image>` do not agree in number, or the connector needs an instruction.
@@ -128,7 +130,7 @@ class VisionLanguageProcessor(ProcessorMixin):
             raise ValueError("expected at least one text")
         flat = _flatten(images)
         token = self.layouts.image_token_id
-        slots = self.layouts.num_tokens(ImageLayout((self.layouts.grid,)))
+        slots = self.layouts.num_tokens(ImageLayout((self.layouts.grid,), token_budget=token_budget))
         rows, placed = [], []
         for one in texts:
             ids = self.tokenizer(one, add_special_tokens=kwargs.get("add_special_tokens", True))["input_ids"]
@@ -142,6 +144,8 @@ class VisionLanguageProcessor(ProcessorMixin):
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         if flat:
             inputs["pixel_values"] = torch.stack([self.pixel_values(image, image_mode) for image in flat])
+        if flat and token_budget is not None:
+            inputs["token_budget"] = torch.full((len(flat),), token_budget)
         if flat and self.layouts.instruction:
             instructions = [instruction] if isinstance(instruction, str) else list(instruction or ())
             if len(instructions) != len(flat):

@@ -37,6 +37,12 @@ VARIANTS = [
     ("idefics2", {"num_latents": 5, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}),
     ("ovis", {"vocab_size": 40, "factor": 2}),
     ("aria", {"num_queries": 3, "many_patches": 13}),
+    ("minigpt4", {"num_queries": 5, "num_layers": 2, "hidden_size": 16, "num_heads": 2}),
+    ("matryoshka", {"sides": (4, 2, 1)}),
+    ("mqt", {"side": 3, "num_heads": 2}),
+    ("prumerge", {"num_neighbours": 3}),
+    ("deepstack", {}),
+    ("mllama", {"num_kv_heads": 2}),
 ]
 
 

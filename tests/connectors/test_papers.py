@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.connectors.parts import TEXT, VISION, create, distance, rescale
-from vlmzoo.connector import TextSpec, VisionSpec
+from tests.connectors.parts import TEXT, VISION, adapted, create, distance, rescale, visual_input
+from vlmzoo.connector import ImageLayout, TextSpec, VisionSpec
 from vlmzoo.connectors._layers import gelu_tanh
+from vlmzoo.sweeps.trial import num_trainable
 
 Weights = dict[str, Tensor]
 GRID = (4, 6)
@@ -26,6 +27,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "token_packer": {"factor": 2, "layers": (1, 2, 3), "hidden_size": 16, "num_heads": 2},
     "qwen_vl": {"side": 3, "num_heads": 4},
     "attention_pooling": {"num_queries": 5, "num_heads": 2},
+    "matryoshka": {"sides": (3, 2, 1)},
+    "mqt": {"side": 3, "num_heads": 2},
 }
 CLIP_L = VisionSpec(hidden_size=1024, num_layers=24, num_heads=16, norm_eps=1e-5, patch_size=14, has_cls=True)
 MISTRAL = TextSpec(4096, num_layers=32, num_heads=32, norm_eps=1e-5, intermediate_size=14336, vocab_size=32000)
@@ -201,6 +204,20 @@ def attention_pooling(w: Weights, x: Tensor) -> Tensor:
     return linear(torch.stack([attend(queries, keys, keys, w, "attention", 2) for keys in memory]), w, "project")
 
 
+def matryoshka(w: Weights, x: Tensor) -> Tensor:
+    return mlp(region_means(x.unflatten(1, GRID), 3).flatten(1, 2), w, "project")
+
+
+def mqt(w: Weights, x: Tensor) -> Tensor:
+    positions = masked_autoencoder_positions(VISION.hidden_size, 3)
+    there = positions.reshape(1, 3, 3, -1).permute(0, 3, 1, 2)
+    there = F.interpolate(there, size=GRID, mode="bicubic", align_corners=False).permute(0, 2, 3, 1).flatten(0, 2)
+    memory = norm(x, w, "resampler.memory_norm", 1e-6)
+    queries = norm(w["resampler.queries"], w, "resampler.query_norm", 1e-6) + positions
+    read = torch.stack([attend(queries, keys + there, keys, w, "resampler.attention", 2) for keys in memory])
+    return linear(norm(read, w, "norm", 1e-6), w, "project")
+
+
 EQUATIONS: dict[str, Callable[[Weights, Tensor], Tensor]] = {
     "minigpt_v2": minigpt_v2,
     "average_pool": average_pool,
@@ -210,11 +227,13 @@ EQUATIONS: dict[str, Callable[[Weights, Tensor], Tensor]] = {
     "token_packer": token_packer,
     "qwen_vl": qwen_vl,
     "attention_pooling": attention_pooling,
+    "matryoshka": matryoshka,
+    "mqt": mqt,
 }
 
 
 def made(name: str) -> Any:
-    ours = create(name, OPTIONS[name])
+    ours = create(name, OPTIONS[name]).eval()
     rescale(ours)
     return ours
 
@@ -225,7 +244,7 @@ def difference(name: str, ours: Any, honest: Any) -> float:
     generator = torch.Generator().manual_seed(4)
     patches = torch.randn(2, GRID[0] * GRID[1], layers * VISION.hidden_size, generator=generator)
     weights = {key: value.detach().double() for key, value in honest.state_dict().items()}
-    return distance(ours(patches, GRID), EQUATIONS[name](weights, patches.double()))
+    return distance(adapted(ours)(visual_input(patches, [GRID] * 2)).tokens, EQUATIONS[name](weights, patches.double()))
 
 
 @pytest.mark.parametrize("name", EQUATIONS)
@@ -305,6 +324,10 @@ FAULTS = [
     ("qwen_vl", turned),
     ("attention_pooling", replaced("query_norm", nn.Identity())),
     ("attention_pooling", replaced("memory_norm", nn.Identity())),
+    ("matryoshka", replaced("sides", (4, 1))),
+    ("matryoshka", replaced("project.activation", F.silu)),
+    ("mqt", replaced("norm", nn.Identity())),
+    ("mqt", values_with_positions),
 ]
 
 
@@ -338,9 +361,100 @@ def test_the_comparison_sees(name: str, fault: Callable[[Any], None]) -> None:
         ("idefics3", {"factor": 4}, 67.1),
         ("ovis", {}, 671.4),
         ("qwen_vl", {}, 72.4 + 16.8),  # and its projection
+        ("matryoshka", {}, 21.0),
+        ("mqt", {}, 8.7),
     ],
 )
 def test_default_sizes_are_the_counted_ones(name: str, options: dict[str, Any], counted: float) -> None:
     with torch.device("meta"):
         connector = create(name, options, CLIP_L, MISTRAL)
     assert sum(p.numel() for p in connector.parameters()) / 1e6 == pytest.approx(counted, abs=0.06)
+
+
+def with_budget(name: str, budget: int | None, grids: list[tuple[int, int]], training: bool = False) -> list[int]:
+    """The slots of each image, after it was seen that its tokens fit them, and are those that no budget gives."""
+    ours = made(name)
+    generator = torch.Generator().manual_seed(5)
+    most = max(height * width for height, width in grids)
+    visual = visual_input(torch.randn(len(grids), most, VISION.hidden_size, generator=generator), grids)
+    visual.layouts = tuple(ImageLayout((grid,), token_budget=budget) for grid in grids)
+    counts = [ours.num_tokens(layout) for layout in visual.layouts]
+    found = ours.train(training)(visual)
+    assert training or found.mask.sum(1).tolist() == counts
+    return counts if not training else found.mask.sum(1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "counts"),
+    [
+        ("matryoshka", None, [9, 6]),
+        ("matryoshka", 8, [4, 6]),
+        ("matryoshka", 5, [4, 4]),
+        ("matryoshka", 1, [1, 1]),
+        ("mqt", None, [9, 9]),
+        ("mqt", 4, [4, 4]),
+        ("mqt", 100, [9, 9]),
+    ],
+)
+def test_a_budget_decides_how_many_tokens(name: str, budget: int | None, counts: list[int]) -> None:
+    assert with_budget(name, budget, [(4, 6), (4, 2)]) == counts
+
+
+@pytest.mark.parametrize(("name", "possible"), [("matryoshka", {9, 4, 1}), ("mqt", {2, 4, 6, 8})])
+def test_training_meets_every_number_of_tokens(name: str, possible: set[int]) -> None:
+    torch.manual_seed(0)
+    assert {with_budget(name, None, [(4, 6)], training=True)[0] for _ in range(60)} == possible
+
+
+def test_the_first_queries_are_the_same_with_fewer() -> None:
+    ours = made("mqt")
+    visual = visual_input(torch.randn(1, 24, VISION.hidden_size), [GRID])
+    every = ours(visual).tokens
+    visual.layouts = (ImageLayout((GRID,), token_budget=4),)
+    assert distance(ours(visual).tokens, every[:, :4]) <= 1e-5
+
+
+def prumerge(w: Weights, x: Tensor, attention: Tensor, neighbours: int) -> list[Tensor]:
+    """LLaVA-PruMerge, patch by patch."""
+    images = []
+    for patches, seen in zip(x, attention, strict=True):
+        first, third = np.quantile(seen.numpy(), [0.25, 0.75])
+        kept = max(1, sum(value > third + 1.5 * (third - first) for value in seen.tolist()))
+        order = sorted(range(len(seen)), key=lambda place: -seen[place])
+        tokens = []
+        for place in order[:kept]:
+            others = [other for other in range(len(seen)) if other != place]
+            others.sort(key=lambda other: -F.cosine_similarity(patches[place], patches[other], dim=0))
+            tokens.append(patches[place] + sum(seen[other] * patches[other] for other in others[:neighbours]))
+        tokens.append(torch.stack([seen[place] * patches[place] for place in order[kept:]]).sum(0))
+        images.append(mlp(torch.stack(tokens), w, "project"))
+    return images
+
+
+def test_prumerge_equals_its_algorithm_where_images_keep_different_numbers() -> None:
+    ours = create("prumerge", {"num_neighbours": 3})
+    rescale(ours)
+    patches = torch.randn(3, 24, VISION.hidden_size, generator=torch.Generator().manual_seed(6))
+    attention = torch.rand(3, 24, generator=torch.Generator().manual_seed(7)) / 24
+    attention[0, [3, 20]] = torch.tensor([0.4, 0.3])
+    attention[1, [0, 7, 8, 11]] = torch.tensor([0.2, 0.25, 0.3, 0.1])
+    visual = visual_input(patches, [GRID] * 3)
+    heads = attention[:, None] + torch.tensor([0.01, -0.01])[:, None]
+    visual.maps[0].cls_attention = heads  # the heads' mean is what counts
+    found = ours(visual)
+    weights = {key: value.detach().double() for key, value in ours.state_dict().items()}
+    expected = prumerge(weights, patches.double(), attention.double(), 3)
+    assert found.mask.sum(1).tolist() == [len(tokens) for tokens in expected] == [3, 5, 2]
+    for tokens, mask, want in zip(found.tokens, found.mask, expected, strict=True):
+        assert distance(tokens[mask], want) <= 1e-4
+    assert max(found.mask.sum(1)) <= ours.num_tokens(visual.layouts[0])
+
+
+def test_minigpt4_trains_its_projection_alone() -> None:
+    with torch.device("meta"):
+        connector = create("minigpt4", {}, CLIP_L, MISTRAL)
+    assert num_trainable(connector) / 1e6 == pytest.approx(3.15, abs=0.01)
+    assert {name for name, value in connector.named_parameters() if value.requires_grad} == {
+        "project.weight",
+        "project.bias",
+    }

@@ -229,14 +229,14 @@ CASES = {
         {},
         lambda: PatchMerger(TEXT.hidden_size, VISION.hidden_size),
         in_blocks,
-        [("^norm", "ln_q"), ("^project.up", "mlp.0"), ("^project.down", "mlp.2")],
+        [("^merger.norm", "ln_q"), ("^merger.project.up", "mlp.0"), ("^merger.project.down", "mlp.2")],
     ),
     "qwen2_5_vl": Case(
         "qwen2_vl",
         {"norm": "rms"},
         lambda: Qwen2_5_VLPatchMerger(TEXT.hidden_size, VISION.hidden_size),
         in_blocks,
-        [("^norm", "ln_q"), ("^project.up", "mlp.0"), ("^project.down", "mlp.2")],
+        [("^merger.norm", "ln_q"), ("^merger.project.up", "mlp.0"), ("^merger.project.down", "mlp.2")],
     ),
     "mistral3": Case(
         "mistral3",
@@ -310,12 +310,14 @@ def without(part: str) -> Callable[[Any], None]:
     """A layer left out."""
 
     def fault(ours: Any) -> None:
-        setattr(ours, part, nn.Identity())
+        *parents, last = part.split(".")
+        setattr(ours.get_submodule(".".join(parents)), last, nn.Identity())
 
     return fault
 
 
 def other_activation(ours: Any) -> None:
+    ours = getattr(ours, "merger", ours)
     ours.project.activation = F.gelu if ours.project.activation is gelu_tanh else gelu_tanh
 
 
@@ -405,10 +407,10 @@ FAULTS = [
     ("internvl", channels("o (r c d) -> o (d r c)")),
     ("idefics3", turned),
     ("idefics3", channels("o (r c d) -> o (c r d)")),
-    ("qwen2_vl", without("norm")),
+    ("qwen2_vl", without("merger.norm")),
     ("qwen2_vl", other_activation),
     ("qwen2_vl", turned),
-    ("qwen2_5_vl", without("norm")),
+    ("qwen2_5_vl", without("merger.norm")),
     ("mistral3", without("norm")),
     ("mistral3", other_activation),
     ("mistral3", turned),

@@ -233,6 +233,19 @@ def test_what_is_frozen_stays_as_it_is(
     assert result.trainable_parameters == {"align": 32 * 48 + 48 + 48 * 48 + 48}
 
 
+def test_what_a_connector_leaves_untrained_has_no_optimizer(
+    values: dict[str, Any], tmp_path: Path, train_in: Train
+) -> None:
+    options = {"num_queries": 3, "num_layers": 1, "hidden_size": 16, "num_heads": 2}
+    values["connector"] = {"name": "minigpt4", "options": options}
+    before = new_model(build.resolve(parse(RunConfig, values)))[0].state_dict()
+    after, result = train_in(values, tmp_path)
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    moved = {name for name in changed if name.startswith("connector.")}
+    assert moved == {"connector.project.weight", "connector.project.bias"}
+    assert result.trainable_parameters["align"] == sum(before[name].numel() for name in moved)
+
+
 def test_a_stage_of_no_steps_is_skipped(values: dict[str, Any], tmp_path: Path, train_in: Train) -> None:
     values["stages"]["align"]["steps"] = 0
     _, result = train_in(values, tmp_path)

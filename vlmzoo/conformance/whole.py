@@ -63,15 +63,18 @@ def every_parameter_gets_a_gradient(subject: Subject) -> str:
         _loss(model, batch).backward()
         trainable = {name: value for name, value in model.connector.named_parameters() if value.requires_grad}
         reached = {name for name, value in trainable.items() if value.grad is not None and value.grad.any()}
-    unknown = sorted(without - trainable.keys())
-    require(not unknown, f"without_gradient names no trainable parameter: {', '.join(unknown)}")
+    unknown = sorted(without - dict(subject.connector.named_parameters()).keys())
+    require(not unknown, f"without_gradient names what is no parameter: {', '.join(unknown)}")
+    frozen = without - trainable.keys()
     missing = [name for name in trainable if name not in reached | without]
     require(not missing, f"no gradient in {', '.join(missing)}")
     surprising = sorted(without & reached)
     require(not surprising, f"without_gradient lists what gets one: {', '.join(surprising)}")
     if not trainable:
         return "does not apply: it has no trainable parameter"
-    listed = f"; none by its source in {', '.join(sorted(without))}" if without else ""
+    unmoved = sorted(without & trainable.keys())
+    listed = f"; none by its source in {', '.join(unmoved)}" if unmoved else ""
+    listed += f"; {len(frozen)} more are frozen" if frozen else ""
     return f"in {len(reached)} of {len(trainable)} parameters" + listed
 
 

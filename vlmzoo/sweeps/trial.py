@@ -14,7 +14,7 @@ from torch import nn
 
 from vlmzoo import build, world
 from vlmzoo.config import EvaluationConfig, RunConfig, Sight, config_hash, dump, load
-from vlmzoo.connector import ImageLayout
+from vlmzoo.connector import Connector, ImageLayout
 from vlmzoo.evaluation.evaluate import evaluate, write_predictions
 from vlmzoo.evaluation.metrics import score
 from vlmzoo.files import locked, whole_folder, write_json, write_whole
@@ -75,7 +75,7 @@ def run_trial(run: RunConfig, out: Path, cache: Path | None = None) -> dict[str,
             "evaluation": evaluation,
             "shuffled": shuffled,
             "visual_tokens": num_visual_tokens(model),
-            "trainable_parameters": sum(parameter.numel() for parameter in model.connector.parameters()),
+            "trainable_parameters": num_trainable(model.connector),
             "train_flops": training.flops,
             "samples_per_second": training.samples_per_second,
             "seconds": earlier + time.perf_counter() - start,
@@ -174,6 +174,12 @@ def to_device(model: VisionLanguageModel) -> VisionLanguageModel:
     if torch.cuda.is_available():
         nn.Module.to(model, "cuda")  # in place; transformers' own `to` has an annotation that checkers cannot follow
     return model
+
+
+def num_trainable(connector: Connector) -> int:
+    """How many numbers of the connector training may change."""
+    untrained = connector.without_gradient
+    return sum(parameter.numel() for name, parameter in connector.named_parameters() if name not in untrained)
 
 
 def num_visual_tokens(model: VisionLanguageModel) -> int:

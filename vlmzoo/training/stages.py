@@ -42,8 +42,12 @@ def prepare(model: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
     for part in PARTS:
         if part not in stage.lr:
             continue
-        module = getattr(model, part).train().float().requires_grad_(True)
-        if not (parameters := list(module.parameters())):
+        module = getattr(model, part).train().float()
+        untrained = getattr(module, "without_gradient", frozenset())
+        parameters = [parameter for name, parameter in module.named_parameters() if name not in untrained]
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        if not parameters:
             raise ValueError(f"stage trains {part!r}, which has no parameters")
         groups.append({"params": parameters, "lr": stage.lr[part], "peak": stage.lr[part], "part": part})
     return torch.optim.AdamW(groups, betas=stage.betas, weight_decay=stage.weight_decay)

@@ -1,0 +1,91 @@
+"""Layers inside the LLM that attend to all patches of several depths of the encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from vlmzoo.connector import (
+    Connector,
+    FeatureRequest,
+    ImageLayout,
+    InLLMLayer,
+    LayerContext,
+    TextSpec,
+    VisionSpec,
+    VisualInput,
+    VisualTokens,
+    register,
+)
+from vlmzoo.connectors._layers import BlockShape, at_least_one, image_memory
+from vlmzoo.connectors.gated_cross_attention import GatedCrossAttentionBlock, media_mask
+
+
+class MllamaBlock(GatedCrossAttentionBlock):
+    """A gated block in which a token that sees no image gets nothing from the feed-forward either."""
+
+    def _run(self, hidden: Tensor, context: LayerContext) -> Tensor:
+        if context.memory is None:
+            return hidden
+        mask = media_mask(context)
+        read = self.attention(self.attention_norm(hidden), self._keys_values(context), mask=mask)
+        hidden = hidden + self.attention_gate.tanh() * read
+        inner = self.feed_forward(self.feed_forward_norm(hidden)) * mask.any(-1)[:, 0, :, None]
+        return hidden + self.feed_forward_gate.tanh() * inner
+
+
+@register("mllama")
+class Mllama(Connector):
+    """A memory of all patches and one slot an image: cross-attention layers of the LLM's own kind read it.
+
+    A layer stands before every n-th decoder layer, the first before layer `every` - 1; the slot holds a learned marker.
+    The memory is what `layers` of the encoder saw side by side, CLS included, through one linear layer.
+
+    Source: Grattafiori et al., The Llama 3 Herd of Models (2024), section 7.2, and Llama 3.2's published code.
+    Differs: a token sees the last image alone, also where several follow one another; one that sees none gets 0 from
+    the attention, where the code lets it attend to everything; a learned marker instead of a trained embedding.
+    """
+
+    def __init__(
+        self,
+        vision: VisionSpec,
+        text: TextSpec,
+        *,
+        every: int = 4,
+        num_kv_heads: int = 8,
+        layers: tuple[int, ...] = (-1, 3, 7, 15, 23),
+    ) -> None:
+        super().__init__()
+        at_least_one("mllama", every=every, num_kv_heads=num_kv_heads)
+        if every > text.num_layers:
+            raise ValueError(
+                f"connector 'mllama': its first layer would stand before layer {every - 1} of an LLM that has layers "
+                f"0 to {text.num_layers - 1}; lower `every`"
+            )
+        if not layers:
+            raise ValueError("connector 'mllama': expected at least one of the encoder's layers in `layers`")
+        self.requires = FeatureRequest(layers=tuple(layers), cls=vision.has_cls)
+        dim, num_heads = text.hidden_size, text.num_heads
+        shape = BlockShape(
+            num_heads, dim // num_heads, text.intermediate_size / dim, "swiglu", qk_norm=True, num_kv_heads=num_kv_heads
+        )
+        self.project = nn.Linear(len(layers) * vision.hidden_size, dim)
+        self.marker = nn.Parameter(torch.empty(dim).normal_(std=0.02))
+        norm = partial(nn.RMSNorm, eps=text.norm_eps)
+        self.blocks = nn.ModuleDict(
+            {str(layer): MllamaBlock(dim, dim, shape, norm) for layer in range(every - 1, text.num_layers, every)}
+        )
+
+    def num_tokens(self, image: ImageLayout) -> int:
+        return 1
+
+    def forward(self, visual: VisualInput) -> VisualTokens:
+        memory, memory_mask = image_memory(visual, cls=self.requires.cls)
+        marker = self.marker.expand(visual.num_images, 1, -1)
+        return VisualTokens(marker, memory_mask.new_ones(marker.shape[:2]), self.project(memory), memory_mask)
+
+    def llm_layers(self) -> Mapping[int, Sequence[InLLMLayer]]:
+        return {int(layer): [block] for layer, block in self.blocks.items() if isinstance(block, InLLMLayer)}
