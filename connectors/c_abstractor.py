@@ -49,7 +49,7 @@ class CAbstractor(GridConnector):
     """`side` x `side` tokens that keep their neighbourhood: convolutions, an adaptive pool, convolutions, an MLP.
 
     Source: Cha et al., Honeybee (2023), section 3.3.1; `depth` RegNet blocks on either side, as in its code.
-    Differs: the learned positions are interpolated to the grid; no end-of-sequence token behind the image.
+    Differs: the learned positions are interpolated to the grid.
     """
 
     def __init__(

@@ -27,7 +27,8 @@ class PruMerge(Connector):
     """As many tokens as patches stand out in CLS's attention, each with its neighbours merged in, and one of the rest.
 
     Source: Shang et al., LLaVA-PruMerge (2024), section 3, and its code.
-    Differs: neighbours are found by the features, not by the keys of the encoder's last layer.
+    Differs: neighbours are found by the features, not by the keys of the encoder's last layer; attention is the mean
+    of the heads of the features' own layer, where the code multiplies all of that layer's queries and keys at once.
     """
 
     def __init__(self, vision: VisionSpec, text_dim: int, *, num_neighbours: int = 32) -> None:

@@ -37,15 +37,14 @@ class Resampler(nn.Module):
         self.query_norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.attention = MultiHeadAttention(dim, dim, num_heads=num_heads, head_dim=dim // num_heads, bias=True)
 
-    def forward(self, patches: Tensor, grid: Grid, num_queries: int | None = None) -> Tensor:
-        """Those of the first `num_queries`; None: of all."""
+    def forward(self, patches: Tensor, grid: Grid) -> Tensor:
         own = (self.side, self.side)
         positions = sincos(self.queries.shape[-1], own, patches.device)
         there = positions
         if grid != own:  # the source interpolates its table and does not evaluate it between places
             there = to_tokens(F.interpolate(to_map(positions, own), grid, mode="bicubic", align_corners=False))
         memory = self.memory_norm(self.project(patches))
-        queries = self.query_norm(self.queries[:num_queries]) + positions[:, :num_queries].to(memory.dtype)
+        queries = self.query_norm(self.queries) + positions.to(memory.dtype)
         keys, values = self.attention.keys(memory + there.to(memory.dtype)), self.attention.values(memory)
         return self.attention(queries.expand(len(patches), -1, -1), (keys, values))
 

@@ -212,10 +212,9 @@ def mqt(w: Weights, x: Tensor) -> Tensor:
     positions = masked_autoencoder_positions(VISION.hidden_size, 3)
     there = positions.reshape(1, 3, 3, -1).permute(0, 3, 1, 2)
     there = F.interpolate(there, size=GRID, mode="bicubic", align_corners=False).permute(0, 2, 3, 1).flatten(0, 2)
-    memory = norm(x, w, "resampler.memory_norm", 1e-6)
-    queries = norm(w["resampler.queries"], w, "resampler.query_norm", 1e-6) + positions
-    read = torch.stack([attend(queries, keys + there, keys, w, "resampler.attention", 2) for keys in memory])
-    return linear(norm(read, w, "norm", 1e-6), w, "project")
+    queries = norm(w["queries"] + positions, w, "query_norm", 1e-6)
+    keys, values = norm(there, w, "key_norm", 1e-6), norm(x, w, "value_norm", 1e-6)
+    return linear(torch.stack([attend(queries, keys, one, w, "attention", 2) for one in values]), w, "project")
 
 
 EQUATIONS: dict[str, Callable[[Weights, Tensor], Tensor]] = {
@@ -290,6 +289,15 @@ def values_with_positions(ours: Any) -> None:
     attention.values = lambda memory: values(seen[-1])
 
 
+def turned_in(ours: Any) -> None:
+    """The same, of the images that come in."""
+    honest = ours._read
+    height, width = GRID
+    ours._read = lambda patches, grid, count: honest(
+        patches.unflatten(1, (width, height)).transpose(1, 2).flatten(1, 2), grid, count
+    )
+
+
 FAULTS = [
     ("minigpt_v2", turned),
     ("minigpt_v2", replaced("project.bias", None)),
@@ -326,8 +334,9 @@ FAULTS = [
     ("attention_pooling", replaced("memory_norm", nn.Identity())),
     ("matryoshka", replaced("sides", (4, 1))),
     ("matryoshka", replaced("project.activation", F.silu)),
-    ("mqt", replaced("norm", nn.Identity())),
-    ("mqt", values_with_positions),
+    ("mqt", replaced("key_norm", nn.Identity())),
+    ("mqt", replaced("query_norm", nn.Identity())),
+    ("mqt", turned_in),
 ]
 
 
@@ -363,6 +372,7 @@ def test_the_comparison_sees(name: str, fault: Callable[[Any], None]) -> None:
         ("qwen_vl", {}, 72.4 + 16.8),  # and its projection
         ("matryoshka", {}, 21.0),
         ("mqt", {}, 8.7),
+        ("d_abstractor", {}, 56.0),
     ],
 )
 def test_default_sizes_are_the_counted_ones(name: str, options: dict[str, Any], counted: float) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import (
     AriaConfig,
     CLIPVisionConfig,
+    DeformableDetrConfig,
     Gemma3Config,
     Idefics2Config,
     Idefics3Config,
@@ -22,16 +23,19 @@ from transformers import (
     Mistral3Config,
     MistralConfig,
     Ovis2Config,
+    PerceptionLMConfig,
     SiglipVisionConfig,
     VipLlavaConfig,
 )
 from transformers.models.aria.modeling_aria import AriaProjector
+from transformers.models.deformable_detr.modeling_deformable_detr import DeformableDetrDecoderLayer
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 from transformers.models.idefics2.modeling_idefics2 import Idefics2Connector
 from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 from transformers.models.internvl.modeling_internvl import InternVLModel, InternVLMultiModalProjector
 from transformers.models.mistral3.modeling_mistral3 import Mistral3MultiModalProjector
 from transformers.models.ovis2.modeling_ovis2 import Ovis2VisionModel, Ovis2VisualEmbeddingTable
+from transformers.models.perception_lm.modeling_perception_lm import PerceptionLMMultiModalProjector
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPatchMerger
 from transformers.models.qwen2_vl.modeling_qwen2_vl import PatchMerger
 from transformers.models.vipllava.modeling_vipllava import VipLlavaMultiModalProjector
@@ -134,6 +138,45 @@ class Ovis(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         return self.table(self.vision(pixel_values=patches).pooler_output)
+
+
+class Honeybee(nn.Module):
+    """transformers' Deformable DETR layers, fed as Honeybee feeds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = DeformableDetrConfig(
+            d_model=16,
+            decoder_attention_heads=2,
+            decoder_n_points=3,
+            decoder_ffn_dim=20,
+            num_feature_levels=1,
+            dropout=0.0,
+            disable_custom_kernels=True,
+        )
+        config._attn_implementation = "eager"
+        self.embed = nn.Linear(VISION.hidden_size, 16)
+        self.positions = nn.Parameter(torch.zeros(16, 4, 4))
+        self.queries = nn.Parameter(torch.zeros(4, 16))
+        self.places = nn.Parameter(torch.zeros(4, 2))
+        self.layers = nn.ModuleList(DeformableDetrDecoderLayer(config) for _ in range(2))
+        self.project = nn.Linear(16, TEXT.hidden_size)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        features = self.embed(patches) + self.positions.flatten(1).T
+        pooled = F.adaptive_avg_pool2d(rearrange(features, "b (h w) d -> b d h w", h=4), 2).flatten(2).mT
+        hidden = self.queries.expand(len(patches), -1, -1)
+        for layer in self.layers:
+            hidden = layer(
+                hidden,
+                object_queries_position_embeddings=pooled,
+                reference_points=self.places.expand(len(patches), -1, -1)[:, :, None],
+                spatial_shapes=torch.tensor([[4, 4]]),
+                spatial_shapes_list=[(4, 4)],
+                level_start_index=torch.tensor([0]),
+                encoder_hidden_states=features,
+            )
+        return self.project(hidden)
 
 
 class Given(nn.Module):
@@ -297,6 +340,46 @@ CASES = {
         ],
     ),
 }
+CASES["perception_lm"] = Case(
+    "perception_lm",
+    {},
+    lambda: PerceptionLMMultiModalProjector(
+        PerceptionLMConfig(
+            vision_config={"model_args": {"embed_dim": VISION.hidden_size}},
+            text_config=LLAMA,
+            projector_pooling_ratio=2,
+        )
+    ),
+    lambda theirs, patches: theirs(patches),
+    [("^project.up", "linear_1"), ("^project.down", "linear_2")],
+)
+CASES["d_abstractor"] = Case(
+    "d_abstractor",
+    {
+        "side": 2,
+        "num_layers": 2,
+        "hidden_size": 16,
+        "num_heads": 2,
+        "num_points": 3,
+        "intermediate_size": 20,
+        "position_side": 4,
+    },
+    lambda: Honeybee(),
+    lambda theirs, patches: theirs(patches),
+    [
+        (r"self_attention\.(query|key|value)", lambda m: f"self_attn.{m[1][0]}_proj"),
+        (r"self_attention\.out", "self_attn.o_proj"),
+        ("self_attention_norm", "self_attn_layer_norm"),
+        (r"deformable\.offsets", "encoder_attn.sampling_offsets"),
+        (r"deformable\.weights", "encoder_attn.attention_weights"),
+        (r"deformable\.value", "encoder_attn.value_proj"),
+        (r"deformable\.out", "encoder_attn.output_proj"),
+        ("deformable_norm", "encoder_attn_layer_norm"),
+        ("feed_forward_norm", "final_layer_norm"),
+        (r"feed_forward\.up", "mlp.fc1"),
+        (r"feed_forward\.down", "mlp.fc2"),
+    ],
+)
 CASES["aria, few patches"] = replace(CASES["aria"], grid=(3, 3))
 
 
@@ -397,6 +480,38 @@ def keys_are_values(ours: Any) -> None:
     ours.value.weight = ours.key.weight
 
 
+def turned_before(ours: Any) -> None:
+    """The image mirrored along its diagonal."""
+    honest = ours.forward
+    ours.forward = lambda patches, grid: honest(patches.unflatten(1, grid).transpose(1, 2).flatten(1, 2), grid)
+
+
+def places_turned(ours: Any) -> None:
+    ours.places = nn.Parameter(ours.places.detach().flip(-1))
+
+
+def values_placed(ours: Any) -> None:
+    """Self-attention whose values have positions too."""
+    for layer in ours.layers:
+        attention, seen = layer.self_attention, []
+        keys, values = attention.keys, attention.values
+        attention.keys = lambda memory, keys=keys, seen=seen: keys(seen.append(memory) or memory)
+        attention.values = lambda memory, values=values, seen=seen: values(seen[-1])
+
+
+def weights_forgotten(ours: Any) -> None:
+    for layer in ours.layers:
+        nn.init.zeros_(layer.deformable.weights.weight)
+
+
+def corners_aligned(ours: Any) -> None:
+    for layer in ours.layers:
+        honest = layer.deformable.forward
+        layer.deformable.forward = lambda queries, places, features, grid, honest=honest: honest(
+            queries, places * (grid[0] - 1) / grid[0], features, grid
+        )
+
+
 FAULTS = [
     ("vip_llava", without("norm")),
     ("vip_llava", other_activation),
@@ -433,6 +548,13 @@ FAULTS = [
     ("aria", other_activation),
     ("aria, few patches", last_queries),
     ("aria", keys_are_values),
+    ("perception_lm", other_activation),
+    ("perception_lm", turned_before),
+    ("d_abstractor", places_turned),
+    ("d_abstractor", one_layer_less),
+    ("d_abstractor", values_placed),
+    ("d_abstractor", weights_forgotten),
+    ("d_abstractor", corners_aligned),
 ]
 
 
