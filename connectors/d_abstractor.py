@@ -117,7 +117,7 @@ class DAbstractor(GridConnector):
         self.embed = nn.Linear(vision_dim, hidden_size) if vision_dim != hidden_size else nn.Identity()
         self.positions = nn.Parameter(torch.empty(hidden_size, position_side, position_side).normal_(std=0.02))
         self.queries = nn.Parameter(torch.randn(side**2, hidden_size))
-        along = torch.linspace(0.5, position_side - 0.5, side) / position_side
+        along = (0.5 + torch.arange(side) * (position_side - 1) / max(1, side - 1)) / position_side
         self.places = nn.Parameter(torch.stack([along.repeat(side), along.repeat_interleave(side)], -1))
         self.layers = nn.ModuleList(
             DecoderLayer(hidden_size, num_heads, num_points, intermediate_size) for _ in range(num_layers)
