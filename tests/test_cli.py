@@ -49,6 +49,10 @@ def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) ->
     [
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
         (["sweep", "a.yaml", "--dry-rnu"], "unknown option '--dry-rnu'; did you mean '--dry-run'?"),
+        (
+            ["list", "connectors", "--dims", "1024"],
+            "expected the widths of encoder and LLM as in 1024,4096, got '1024'",
+        ),
         (["list", "conectors"], "unknown kind 'conectors'; did you mean 'connectors'?"),
         (["train"], "required: RUN.yaml"),
         (["report", "a", "b"], "unexpected argument 'b'"),
@@ -113,6 +117,34 @@ def test_list_as_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> Non
     listed = {row["name"]: row for row in json.loads(capsys.readouterr().out)["connectors"]}
     assert {"linear", "mlp", "qformer", "perceiver", "gated_cross_attention"} <= set(listed)
     assert all(row["summary"] for row in listed.values())
+
+
+def test_list_counts_what_connectors_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    """Against counts by hand: linear's one product, mlp's two, and what they keep for the backward pass."""
+    assert main(["list", "connectors", "--dims", "1024,4096", "--json"]) == 0
+    listed = {row["name"]: row for row in json.loads(capsys.readouterr().out)["connectors"]}
+    patches = 24 * 24
+    assert listed["linear"]["flops"] == 2 * patches * 1024 * 4096
+    assert listed["linear"]["activation_bytes"] == 2 * patches * 1024
+    assert listed["mlp"]["flops"] == 2 * patches * (1024 * 4096 + 4096 * 4096)
+    assert listed["mlp"]["activation_bytes"] == 2 * patches * (1024 + 4096 + 4096)
+    assert listed["mlp"]["weight_bytes"] == 2 * listed["mlp"]["parameters"] == 2 * (1024 * 4096 + 4096**2 + 2 * 4096)
+    assert {name: listed[name]["tokens"] for name in ("qformer", "internvl", "gemma3", "mllama")} == {
+        "qformer": 32,
+        "internvl": 144,
+        "gemma3": 36,
+        "mllama": 1,
+    }
+    assert all(row["flops"] > 0 for row in listed.values())
+
+
+def test_a_connector_that_refuses_the_widths_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "connectors", "--dims", "1024,4090"]) == 0
+    out = capsys.readouterr().out
+    assert "qwen_vl: connector 'qwen_vl': the LLM's width 4090" in out
+    assert "4.19M" in out
+    assert main(["list", "llms", "--dims", "1024,4096"]) == 2
+    assert "only connectors stand between two widths" in capsys.readouterr().err
 
 
 def test_json_keeps_what_others_print_out_of_the_document(

@@ -143,9 +143,19 @@ def _one_of(what: str, *names: str) -> Callable[[str], str]:
     return choose
 
 
+def _dims(text: str) -> tuple[int, int]:
+    vision, comma, language = text.partition(",")
+    if not (comma and vision.isdecimal() and language.isdecimal() and int(vision) and int(language)):
+        raise argparse.ArgumentTypeError(f"expected the widths of encoder and LLM as in 1024,4096, got {text!r}")
+    return int(vision), int(language)
+
+
 def _list(parser: argparse.ArgumentParser) -> None:
     kinds = ("connectors", "encoders", "llms", "tasks")
     parser.add_argument("kind", metavar="KIND", type=_one_of("kind", *kinds), help=", ".join(kinds))
+    parser.add_argument(
+        "--dims", metavar="VISION,TEXT", type=_dims, help="what each connector costs between widths such as 1024,4096"
+    )
     _plugin(parser)
     _json(parser)
 

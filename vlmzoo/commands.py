@@ -19,10 +19,16 @@ RUNS = Path("runs")
 def show_list(args: argparse.Namespace) -> int:
     from vlmzoo.sweeps import catalogue
 
+    if args.dims and args.kind != "connectors":
+        raise ValueError(f"--dims: only connectors stand between two widths, not {args.kind}")
     with _quiet(args.json):
         rows = catalogue.entries(args.kind, args.plugin)
+        costs = catalogue.costs([row["name"] for row in rows], *args.dims) if args.dims else None
     if args.json:
-        _print_json({args.kind: rows})
+        _print_json({args.kind: [row | costs[row["name"]] for row in rows] if costs else rows})
+        return 0
+    if costs is not None:
+        print(catalogue.cost_table(costs))
         return 0
     for row in rows:
         options = ", ".join(f"{name}={value}" for name, value in row.get("options", {}).items())

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from vlmzoo.sweeps.table import align, count
 
 ENCODERS = ("clip", "siglip")
 ANY_OTHER = {
@@ -29,6 +32,44 @@ def entries(kind: str, plugins: Sequence[Path] = ()) -> list[dict[str, Any]]:
         ]
         return [*own, {"name": "FILE.json", "summary": ANY_OTHER[kind]}]
     return [*_world_models(kind), {"name": "HUB_ID or DIRECTORY", "summary": ANY_OTHER[kind]}]
+
+
+def costs(names: Sequence[str], vision_dim: int, text_dim: int) -> dict[str, dict[str, Any]]:
+    """Name -> the figures of its cost; of one that refuses these widths, why."""
+    from vlmzoo.sweeps.costs import cost
+
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        try:
+            found[name] = asdict(cost(name, vision_dim, text_dim))
+        except ValueError as error:
+            found[name] = {"refused": str(error)}
+    return found
+
+
+def cost_table(costs: Mapping[str, Mapping[str, Any]]) -> str:
+    """The costs aligned, for a terminal."""
+    from vlmzoo.sweeps.costs import GRID, TEXT_LENGTH
+
+    header = ["connector", "tokens", "parameters", "FLOPs", "weights", "activations"]
+    counted = {name: found for name, found in costs.items() if "refused" not in found}
+    rows = [
+        [
+            name,
+            str(found["tokens"]),
+            count(found["parameters"]),
+            count(found["flops"]),
+            f"{found['weight_bytes'] / 2**20:,.0f} MiB",
+            f"{found['activation_bytes'] / 2**20:,.1f} MiB",
+        ]
+        for name, found in counted.items()
+    ]
+    notes = [
+        f"one image of {GRID[0]} x {GRID[1]} patches and {TEXT_LENGTH} tokens of text, in bfloat16, with the defaults;",
+        "layers inside the LLM included; FLOPs of a forward pass, activations kept for the backward pass",
+    ]
+    refused = [f"{name}: {found['refused']}" for name, found in costs.items() if "refused" in found]
+    return "\n".join([align(header, rows, num_left=1), *notes, *refused])
 
 
 def _connectors(plugins: Sequence[Path]) -> list[dict[str, Any]]:
