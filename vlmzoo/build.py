@@ -36,6 +36,7 @@ from transformers.utils import logging
 from vlmzoo.config import ConnectorConfig, DataConfig, EncoderConfig, LLMConfig, RunConfig, own_rate
 from vlmzoo.connector import Connector, TextSpec, TokenConnector, TokenConnectorAdapter, VisionSpec, connectors
 from vlmzoo.registry import unknown
+from vlmzoo.vision.encoder import side
 
 IMAGE_TOKEN = "<image>"
 ENTRY_POINTS = "vlmzoo.connectors"
@@ -247,7 +248,7 @@ def image_processor(config: EncoderConfig) -> Any:
     if config.config is not None:
         from transformers import CLIPImageProcessorPil  # torchvision is not needed
 
-        size = config.image_size or AutoConfig.for_model(**config.config).image_size
+        size = config.image_size or side(AutoConfig.for_model(**config.config))
         return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     return _read(AutoImageProcessor.from_pretrained, _source(config.name, "encoder"), "image processor", backend="pil")
 

@@ -110,6 +110,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             connector = build.connector(
                 config.connector, config.connector_options, vision=self.vision.spec, text=self.text_spec
             )
+        if connector.requires.cls_attention:
+            tower.set_attn_implementation("eager")  # the others do not say how much they attended
         self.connector = connector
         self.in_llm_layers = connector.llm_layers()
         attach(decoder)

@@ -3,12 +3,42 @@
 import pytest
 import torch
 from transformers import AutoModel, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
 
-from tests.tiny import CLIP, SIGLIP, pixels
+from tests.tiny import CLIP, LLAMA, SIGLIP, pixels
 from vlmzoo import build
 from vlmzoo.config import EncoderConfig
-from vlmzoo.connector import FeatureRequest
+from vlmzoo.connector import FeatureRequest, ImageLayout
+from vlmzoo.model import VisionLanguageModel
 from vlmzoo.vision.encoder import VisionEncoder
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+OTHERS = {
+    "dinov2": {**SMALL, "model_type": "dinov2", "image_size": 24, "patch_size": 8, "mlp_ratio": 2},
+    "registers": {
+        **SMALL,
+        "model_type": "dinov2_with_registers",
+        "image_size": 24,
+        "patch_size": 8,
+        "mlp_ratio": 2,
+        "num_register_tokens": 4,
+    },
+    "internvit": {
+        **SMALL,
+        "model_type": "internvl_vision",
+        "image_size": [24, 24],
+        "patch_size": [8, 8],
+        "intermediate_size": 48,
+    },
+    "siglip2": {
+        **SMALL,
+        "model_type": "siglip2_vision_model",
+        "num_patches": 9,
+        "patch_size": 8,
+        "intermediate_size": 48,
+    },
+}
+PREFIX = {"dinov2": 1, "registers": 5, "internvit": 1, "siglip2": 0}
 
 
 def encoder(config, **kwargs):
@@ -27,6 +57,45 @@ def test_features_are_hidden_states(config, first, layer):
     assert not found.values.requires_grad or any(p.requires_grad for p in part.parameters())
     if first:
         torch.testing.assert_close(found.cls, expected[:, 0])
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_towers_give_their_own_hidden_states(name):
+    part, first = encoder(OTHERS[name]), PREFIX[name]
+    assert part.image_size == 24
+    (found,) = part.encode(pixels(3), FeatureRequest(cls=bool(first)))
+    if name == "siglip2":
+        patches = torch.stack([torch.from_numpy(convert_image_to_patches(image.numpy(), 8)) for image in pixels(3)])
+        shapes = torch.tensor([[3, 3]] * 3)
+        inputs = {"pixel_values": patches, "pixel_attention_mask": torch.ones(3, 9), "spatial_shapes": shapes}
+    else:
+        inputs = {"pixel_values": pixels(3)}
+    expected = part.model(**inputs, output_hidden_states=True).hidden_states[-2]
+    torch.testing.assert_close(found.values, expected[:, first:])
+    assert found.values.shape == (3, 9, 32)
+    if first:
+        torch.testing.assert_close(found.cls, expected[:, 0])
+    (wide,) = part.encode(torch.randn(2, 3, 24, 40), FeatureRequest())
+    assert wide.grids[0] == (3, 5)
+    assert wide.values.shape[1] == 15
+    (alone,) = part.encode(pixels(3)[1:2], FeatureRequest())
+    assert torch.equal(alone.values, found.values[1:2])
+
+
+@pytest.mark.parametrize("name", ["dinov2", "registers", "internvit"])
+def test_other_towers_say_what_cls_attends_to(name):
+    part = encoder(OTHERS[name])
+    part.model.set_attn_implementation("eager")
+    (found,) = part.encode(pixels(2), FeatureRequest(cls_attention=True))
+    attentions = part.model(pixel_values=pixels(2), output_attentions=True).attentions
+    torch.testing.assert_close(found.cls_attention, attentions[1][:, :, 0, PREFIX[name] :])
+
+
+def test_a_model_whose_connector_asks_for_attention_gets_it():
+    model = VisionLanguageModel.from_parts({"config": CLIP}, "prumerge", {"config": LLAMA})
+    ids = torch.full((1, model.num_tokens(ImageLayout(((3, 3),)))), model.config.image_token_id)
+    context = model.encode_images(ids, pixels(1))
+    assert context.filled.any()
 
 
 def test_several_layers_and_cls_attention():

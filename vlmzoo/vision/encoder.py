@@ -1,23 +1,49 @@
-"""Patch features from a CLIP or SigLIP tower."""
+"""Patch features from a vision tower of transformers."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
+from einops import rearrange
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from vlmzoo.connector import FeatureMap, FeatureRequest, Grid, VisionSpec
 from vlmzoo.registry import unknown
 
-HAS_CLS = {"clip_vision_model": True, "siglip_vision_model": False}
-"""transformers' model types that can be an encoder, and whether their first hidden state is a CLS token."""
+PREFIX: dict[str, Callable[[PreTrainedConfig], int]] = {
+    "clip_vision_model": lambda config: 1,
+    "siglip_vision_model": lambda config: 0,
+    "siglip2_vision_model": lambda config: 0,
+    "dinov2": lambda config: 1,
+    "dinov2_with_registers": lambda config: 1 + config.num_register_tokens,
+    "internvl_vision": lambda config: 1,
+}
+"""transformers' model types that can be an encoder: how many hidden states stand before the patches, CLS first."""
+
+
+def side(config: PreTrainedConfig) -> int:
+    """Pixels a side of the images that a tower was made for."""
+    if config.model_type == "siglip2_vision_model":
+        return math.isqrt(config.num_patches) * config.patch_size
+    return _one(config.image_size, "image_size")
+
+
+def _one(size: int | Sequence[int], what: str) -> int:
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) != 1:
+        raise ValueError(f"encoder: expected a square {what}, got {list(sides)}")
+    return sides.pop()
 
 
 class VisionEncoder(nn.Module):
     """A vision tower whose hidden states are read as patch features.
 
     Args:
-        model: a transformers vision model of one of the types in `HAS_CLS`.
+        model: a transformers vision model of one of the types in `PREFIX`.
         layer: index into its hidden states for connectors that ask for none themselves. LLaVA reads -2.
         image_size: pixels a side; another than the tower's own interpolates its position embeddings.
 
@@ -33,18 +59,19 @@ class VisionEncoder(nn.Module):
     def __init__(self, model: PreTrainedModel, *, layer: int = -2, image_size: int | None = None) -> None:
         super().__init__()
         config = model.config
-        if config.model_type not in HAS_CLS:
-            raise unknown("encoder type", config.model_type, HAS_CLS)
+        if config.model_type not in PREFIX:
+            raise unknown("encoder type", config.model_type, PREFIX)
         self.model = model
         self.layer = layer
-        self.image_size = image_size or config.image_size
+        self.image_size = image_size or side(config)
+        self.num_prefix = PREFIX[config.model_type](config)
         self.spec = VisionSpec(
             hidden_size=config.hidden_size,
             num_layers=config.num_hidden_layers,
             num_heads=config.num_attention_heads,
             norm_eps=config.layer_norm_eps,
-            patch_size=config.patch_size,
-            has_cls=HAS_CLS[config.model_type],
+            patch_size=_one(config.patch_size, "patch_size"),
+            has_cls=self.num_prefix > 0,
         )
         self._check_layer(layer)
         self.grid(self.image_size, self.image_size)
@@ -84,14 +111,9 @@ class VisionEncoder(nn.Module):
     def _encode_chunk(self, pixels: Tensor, chunk: int, layers: tuple[int, ...], request: FeatureRequest) -> list:
         count = len(pixels)
         pixels = torch.cat([pixels, pixels.new_zeros(chunk - count, *pixels.shape[1:])]).to(self.model.dtype)
-        resized = pixels.shape[-2:] != (self.model.config.image_size,) * 2
         output = self.model(
-            pixel_values=pixels,
-            output_hidden_states=True,
-            output_attentions=request.cls_attention,
-            interpolate_pos_encoding=resized,
+            **self._arguments(pixels), output_hidden_states=True, output_attentions=request.cls_attention
         )
-        first = int(self.spec.has_cls)
         found = []
         for layer in layers:
             state = output.hidden_states[layer][:count]
@@ -99,6 +121,25 @@ class VisionEncoder(nn.Module):
             attention = None
             if request.cls_attention:
                 block = (layer if layer >= 0 else layer + self.spec.num_layers + 1) - 1
-                attention = output.attentions[block][:count, :, 0, 1:]
-            found.append((state[:, first:], cls, attention))
+                attention = output.attentions[block][:count, :, 0, self.num_prefix :]
+            found.append((state[:, self.num_prefix :], cls, attention))
         return found
+
+    def _arguments(self, pixels: Tensor) -> dict[str, Any]:
+        """What the tower takes for images (crops, 3, height, width)."""
+        config, (height, width) = self.model.config, pixels.shape[-2:]
+        if config.model_type in ("clip_vision_model", "siglip_vision_model"):
+            resized = (height, width) != (config.image_size,) * 2
+            return {"pixel_values": pixels, "interpolate_pos_encoding": resized}
+        if config.model_type != "siglip2_vision_model":
+            return {"pixel_values": pixels}  # these interpolate by themselves
+        grid, patch = self.grid(height, width), self.spec.patch_size
+        patches = rearrange(
+            pixels[..., : grid[0] * patch, : grid[1] * patch],
+            "crops channels (height rows) (width columns) -> crops (height width) (rows columns channels)",
+            rows=patch,
+            columns=patch,
+        )
+        mask = torch.ones(patches.shape[:2], dtype=torch.long, device=pixels.device)
+        shapes = torch.tensor([grid] * len(pixels), device=pixels.device)
+        return {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
