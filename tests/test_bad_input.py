@@ -234,7 +234,7 @@ CONFIGURATION: dict[str, tuple[Break, list[str]]] = {
     "no rate at all": (put("stages.finetune.lr", {}), ["a learning rate for at least one of"]),
     "part that is not there": (put("stages.align.lr", {"conector": 1e-3}), ["stages.align.lr", "'connector'"]),
     "unknown template": (put("stages.align.data.template", "plane"), ["did you mean 'plain'?", "vicuna_v1"]),
-    "unknown connector": (put("connector", "qfromer"), ["'qfromer'", "did you mean 'qformer'?", "linear, mlp"]),
+    "unknown connector": (put("connector", "qfromer"), ["'qfromer'", "did you mean 'qformer'?", "linear, matryoshka"]),
     "unknown option": (
         put("connector", {"name": "qformer", "options": {"num_query": 4}}),
         ["option of connector 'qformer'", "'num_query'", "did you mean 'num_queries'?", "num_heads"],
