@@ -65,7 +65,18 @@ def test_unfinished_trials_are_left_out_and_named(tmp_path: Path) -> None:
     (trials[1].folder / "result.json").unlink()
     rows = {row["connector"]: row["seeds"] for row in write_report(tmp_path)["rows"]}
     assert rows == {"mlp": [0, 1], "linear": [1]}
-    assert "linear, world:clip, world:llama, seed 0" in (tmp_path / "report.html").read_text()
+    text = (tmp_path / "report.html").read_text()
+    assert "1 of 4 trials have no result and are left out: linear, world:clip, world:llama, seed 0." in text
+
+
+def test_many_unfinished_trials_are_counted(tmp_path: Path) -> None:
+    trials = write_sweep(tmp_path, make_study(["mlp"], list(range(6))))
+    for trial in trials[1:]:
+        (trial.folder / "result.json").unlink()
+    write_report(tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    assert "5 of 6 trials" in text
+    assert "seed 3 and 2 more." in text
 
 
 def test_rows_are_held_against_their_llms_own_baselines(tmp_path: Path) -> None:

@@ -115,8 +115,10 @@ def _warning(trials: Sequence[Trial]) -> str:
     missing = [trial for trial in trials if trial.result() is None]
     if not missing:
         return ""
-    named = "; ".join(escape(trial.title) for trial in missing)
-    return f'<p class="warn">{len(missing)} of {len(trials)} trials have no result and are left out: {named}.</p>'
+    named = "; ".join(escape(trial.title) for trial in missing[:MOST_NAMED])
+    more = f" and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""
+    said = f"{len(missing)} of {len(trials)} trials have no result and are left out: {named}{more}."
+    return f'<p class="warn">{said}</p>'
 
 
 def _accuracy(summary: Summary, colours: dict[str, int]) -> str:
