@@ -42,6 +42,7 @@ class Mllama(Connector):
     """A memory of all patches and one slot an image: cross-attention layers of the LLM's own kind read it.
 
     A layer stands before every n-th decoder layer, the first before layer `every` - 1; the slot holds a learned marker.
+    Four heads share a key and a value, unless `num_kv_heads` says otherwise.
     The memory is what `layers` of the encoder saw side by side, CLS included, through one linear layer.
 
     Source: Grattafiori et al., The Llama 3 Herd of Models (2024), section 7.2, and Llama 3.2's published code.
@@ -55,10 +56,11 @@ class Mllama(Connector):
         text: TextSpec,
         *,
         every: int = 4,
-        num_kv_heads: int = 8,
+        num_kv_heads: int | None = None,
         layers: tuple[int, ...] = (-1, 3, 7, 15, 23),
     ) -> None:
         super().__init__()
+        num_kv_heads = max(1, text.num_heads // 4) if num_kv_heads is None else num_kv_heads
         at_least_one("mllama", every=every, num_kv_heads=num_kv_heads)
         if every > text.num_layers:
             raise ValueError(

@@ -56,9 +56,10 @@ class QwenVL(GridConnector):
     Source: Bai et al., Qwen-VL (2023), section 2.1 and its code (256 queries, heads of 128 channels).
     """
 
-    def __init__(self, vision_dim: int, text_dim: int, *, side: int = 16, num_heads: int = 32) -> None:
+    def __init__(self, vision_dim: int, text_dim: int, *, side: int = 16, head_dim: int = 128) -> None:
         super().__init__()
-        at_least_one("qwen_vl", side=side, num_heads=num_heads)
+        at_least_one("qwen_vl", side=side, head_dim=head_dim)
+        num_heads = max(1, text_dim // head_dim)
         if text_dim % num_heads or text_dim % 4:
             raise ValueError(
                 f"connector 'qwen_vl': the LLM's width {text_dim} is no multiple of 4 and {num_heads} heads"

@@ -9,6 +9,7 @@ import pytest
 
 from vlmzoo.build import load_connectors
 from vlmzoo.conformance import check
+from vlmzoo.conformance.subject import Subject
 from vlmzoo.connector import connectors
 
 VARIANTS = [
@@ -32,7 +33,7 @@ VARIANTS = [
     ("ldp", {}),
     ("ldp_v2", {"side": 3}),
     ("token_packer", {"hidden_size": 24, "num_heads": 2}),
-    ("qwen_vl", {"side": 3, "num_heads": 4}),
+    ("qwen_vl", {"side": 3, "head_dim": 12}),
     ("attention_pooling", {"num_queries": 5, "num_heads": 2}),
     ("idefics2", {"num_latents": 5, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}),
     ("ovis", {"vocab_size": 40, "factor": 2}),
@@ -55,13 +56,19 @@ VARIANTS = [
     ("mqt", {"side": 3, "num_heads": 2}),
     ("prumerge", {"num_neighbours": 3}),
     ("deepstack", {}),
-    ("mllama", {"num_kv_heads": 2}),
+    ("mllama", {}),
 ]
 
 
 def test_no_connector_is_left_out() -> None:
     load_connectors()
     assert {name for name, _ in VARIANTS} == set(connectors.names())
+
+
+def test_every_connectors_defaults_fit_the_checks_model() -> None:
+    load_connectors()
+    for name in connectors.names():
+        assert Subject(name).layouts, name
 
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS, ids=lambda value: str(value))

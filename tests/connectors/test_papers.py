@@ -25,7 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ldp": {},
     "ldp_v2": {"side": 3},
     "token_packer": {"factor": 2, "layers": (1, 2, 3), "hidden_size": 16, "num_heads": 2},
-    "qwen_vl": {"side": 3, "num_heads": 4},
+    "qwen_vl": {"side": 3, "head_dim": 8},
     "attention_pooling": {"num_queries": 5, "num_heads": 2},
     "matryoshka": {"sides": (3, 2, 1)},
     "mqt": {"side": 3, "num_heads": 2},
