@@ -19,6 +19,7 @@ from tests.data.conftest import words
 from tests.tiny import CLIP, LLAMA
 from vlmzoo.cli import main
 from vlmzoo.config import DataConfig, RunConfig, SweepConfig, baseline, config_hash, load, parse
+from vlmzoo.evaluation.evaluate import evaluate
 from vlmzoo.sweeps import trial
 from vlmzoo.sweeps.checkpoint import evaluate_checkpoint
 from vlmzoo.sweeps.manifest import fingerprints
@@ -241,3 +242,27 @@ def test_checkpoints_of_other_families(encoder: str, llm: str, tmp_path: Path) -
     assert result["evaluation"]["colors"]["num_items"] == 16
     assert set(result["final_loss"]) == {"align", "finetune"}
     assert evaluate_checkpoint(tmp_path / "out", ["colors"]) == result["evaluation"]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_model_evaluated_is_the_model_saved(
+    config: dict[str, Any], attention: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit of the logits, in bfloat16 too, where training holds float32 weights."""
+    config["dtype"] = "bfloat16"
+    config["llm"]["attention"] = attention
+    config["stages"]["finetune"]["lr"]["vision"] = 1e-2
+    logits: list[torch.Tensor] = []
+
+    def spy(model: Any, samples: Any, batch_of: Any, **options: Any) -> Any:
+        with torch.no_grad():
+            logits.append(model(**{**batch_of(samples), "labels": None}).logits)
+        assert model.language.config._attn_implementation == attention
+        return evaluate(model, samples, batch_of, **options)
+
+    monkeypatch.setattr(trial, "evaluate", spy)
+    result = run_trial(parse(RunConfig, config), tmp_path / "out")
+    assert evaluate_checkpoint(tmp_path / "out", ["colours"]) == result["evaluation"]
+    trained, read = logits
+    assert trained.dtype == read.dtype == torch.bfloat16
+    assert torch.equal(trained, read)

@@ -41,13 +41,19 @@ def evaluate_checkpoint(
     run = load(RunConfig, folder / "config.yaml")
     configs = {task: task_config(run, task, data, images) for task in tasks}
 
+    import torch
+
     from vlmzoo import build
     from vlmzoo.model import VisionLanguageModel
     from vlmzoo.processor import VisionLanguageProcessor
     from vlmzoo.sweeps.trial import evaluate_task, to_device
 
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
     with build.quiet_transformers():
         model = to_device(VisionLanguageModel.from_pretrained(folder / "model"))
+    if run.llm.attention is not None:  # not kept in a saved model
+        model.language.set_attn_implementation(run.llm.attention)
     processor = VisionLanguageProcessor.from_pretrained(folder / "model")
     return {
         task: evaluate_task(model, processor, config, out and out / "predictions" / f"{task}.jsonl", sees=run.sees)

@@ -54,6 +54,7 @@ def run_trial(run: RunConfig, out: Path, cache: Path | None = None) -> dict[str,
         model, processor = new_model(run)
         check_data(run, model, processor)
         training = train(model, processor, run, out, cache)
+        to_dtype(model, getattr(torch, run.dtype))
         cache = None if moves_vision(run, len(run.stages) - 1) else cache
         evaluation, shuffled = {}, {}
         for task, config in run.evaluation.items():
@@ -174,6 +175,17 @@ def to_device(model: VisionLanguageModel) -> VisionLanguageModel:
     if torch.cuda.is_available():
         nn.Module.to(model, "cuda")  # in place; transformers' own `to` has an annotation that checkers cannot follow
     return model
+
+
+def to_dtype(model: VisionLanguageModel, dtype: torch.dtype) -> None:
+    """All weights in this type, in place, as a saved model is read: what is evaluated is what is saved.
+
+    Training leaves float32 in the parts it trained. The connector's buffers follow, as when it was made; the encoder's
+    and the LLM's (positions, rotary frequencies) are transformers' own, which keeps them in float32.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    nn.Module.to(model.connector, dtype)
 
 
 def num_trainable(connector: Connector) -> int:
