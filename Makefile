@@ -4,8 +4,8 @@ BIN := .venv/bin
 
 .PHONY: help sweep sweep-full test lint
 help:
-	@echo "make sweep       compare five connectors on the embedded world (about 20 minutes on two cores)"
-	@echo "make sweep-full  the same with two encoders, two LLMs, five seeds and several times the steps (hours)"
+	@echo "make sweep       compare five connectors on the embedded world (about 12 minutes on two cores)"
+	@echo "make sweep-full  the same with two encoders, two LLMs, five seeds and several times the steps (six hours)"
 	@echo "make test        lint, types, tests, and the wheel in an empty environment"
 
 .venv/installed: pyproject.toml constraints.txt

@@ -35,7 +35,7 @@ def prepare(model: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
     mode, without gradients or optimizer state.
 
     Raises:
-        ValueError: a part that has a learning rate has no parameters.
+        ValueError: a part that has a learning rate has no parameter to train.
     """
     model.eval().requires_grad_(False)
     groups: list[dict[str, Any]] = []
@@ -48,7 +48,7 @@ def prepare(model: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
         for parameter in parameters:
             parameter.requires_grad_(True)
         if not parameters:
-            raise ValueError(f"stage trains {part!r}, which has no parameters")
+            raise ValueError(f"stage trains {part!r}, which has no parameter to train")
         groups.append({"params": parameters, "lr": stage.lr[part], "peak": stage.lr[part], "part": part})
     return torch.optim.AdamW(groups, betas=stage.betas, weight_decay=stage.weight_decay)
 
