@@ -74,7 +74,7 @@ def test_a_token_budget_holds_for_processor_and_model(connector: Any, models: Pa
     assert lengths[0] == model.num_tokens(layout(model))
     assert lengths[1:] == [4, 1]
     inputs["token_budget"] = torch.tensor([1, 1])
-    with pytest.raises(ValueError, match="token_budget holds 2 numbers for 1 images"):
+    with pytest.raises(ValueError, match="token_budget is given for 2 of 1 images"):
         model(**inputs)
 
 

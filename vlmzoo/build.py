@@ -10,7 +10,7 @@ import os
 import pkgutil
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +21,6 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -36,7 +35,7 @@ from transformers.utils import logging
 from vlmzoo.config import ConnectorConfig, DataConfig, EncoderConfig, LLMConfig, RunConfig, own_rate
 from vlmzoo.connector import Connector, TextSpec, TokenConnector, TokenConnectorAdapter, VisionSpec, connectors
 from vlmzoo.registry import unknown
-from vlmzoo.vision.encoder import side
+from vlmzoo.vision.towers import image_side, tower
 
 IMAGE_TOKEN = "<image>"
 ENTRY_POINTS = "vlmzoo.connectors"
@@ -181,18 +180,23 @@ def text_spec(config: PreTrainedConfig) -> TextSpec:
 def vision(config: EncoderConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The vision tower: pretrained by name, or random from a configuration and a seed."""
     if config.config is not None:
-        return _random(AutoModel, config.config, "encoder", seed, dtype)
+        return _random(new_tower, config.config, "encoder", seed, dtype)
     source = _source(config.name, "encoder")
     whole = _read(AutoConfig.from_pretrained, source, "encoder")
     part = getattr(whole, "vision_config", whole)
-    return _pretrained(AutoModel, source, part, "encoder", dtype)
+    return _pretrained(tower(part).model, source, part, "encoder", dtype)
+
+
+def new_tower(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """A vision tower with random weights."""
+    return tower(config).model._from_config(config, **options)
 
 
 def language(config: LLMConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The causal LM: pretrained by name, or random from a configuration and a seed."""
     options = {} if config.attention is None else {"attn_implementation": config.attention}
     if config.config is not None:
-        return _random(AutoModelForCausalLM, config.config, "llm", seed, dtype, **options)
+        return _random(AutoModelForCausalLM.from_config, config.config, "llm", seed, dtype, **options)
     source = _source(config.name, "llm")
     parts = _read(AutoConfig.from_pretrained, source, "llm")
     return _pretrained(AutoModelForCausalLM, source, parts, "llm", dtype, **options)
@@ -248,7 +252,7 @@ def image_processor(config: EncoderConfig) -> Any:
     if config.config is not None:
         from transformers import CLIPImageProcessorPil  # torchvision is not needed
 
-        size = config.image_size or side(AutoConfig.for_model(**config.config))
+        size = config.image_size or image_side(AutoConfig.for_model(**config.config))
         return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     return _read(AutoImageProcessor.from_pretrained, _source(config.name, "encoder"), "image processor", backend="pil")
 
@@ -322,7 +326,12 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _random(
-    auto: Any, values: Mapping[str, Any], what: str, seed: int, dtype: torch.dtype, **options: Any
+    make: Callable[..., PreTrainedModel],
+    values: Mapping[str, Any],
+    what: str,
+    seed: int,
+    dtype: torch.dtype,
+    **options: Any,
 ) -> PreTrainedModel:
     values = dict(values)
     if "model_type" not in values:
@@ -332,21 +341,21 @@ def _random(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            return auto.from_config(AutoConfig.for_model(**values), dtype=dtype, **options)
+            return make(AutoConfig.for_model(**values), dtype=dtype, **options)
         except (KeyError, ValueError, TypeError, StrictDataclassError) as error:
             raise ValueError(f"{what}.config: {_reason(error)}") from error
 
 
 def _pretrained(
-    auto: Any, source: str, config: PreTrainedConfig, what: str, dtype: torch.dtype, **options: Any
+    model: Any, source: str, config: PreTrainedConfig, what: str, dtype: torch.dtype, **options: Any
 ) -> PreTrainedModel:
     options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # we refuse them ourselves, in one line
     with quiet_transformers():
-        model, found = _read(
-            auto.from_pretrained, source, what, config=config, dtype=dtype, output_loading_info=True, **options
+        loaded, found = _read(
+            model.from_pretrained, source, what, config=config, dtype=dtype, output_loading_info=True, **options
         )
     if missing := sorted(found["missing_keys"]):
         raise ValueError(f"{what} {source}: {len(missing)} weights are missing, {missing[0]} first")
     if mismatched := sorted(found["mismatched_keys"]):
         raise ValueError(f"{what} {source}: weights do not fit its configuration, {mismatched[0]} first")
-    return model
+    return loaded

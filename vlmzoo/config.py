@@ -42,7 +42,7 @@ class EncoderConfig:
 
     name: str | None = None
     config: dict[str, Any] | None = None
-    layer: int = -2  # index into its hidden states
+    layer: int | Literal["last_hidden_state"] = -2  # index into its hidden states, or the last one behind its norm
     image_size: int | None = field(default=None, metadata=at_least(1))  # pixels a side; None: the checkpoint's own
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Final, Literal, TypeVar
 
 import torch
 from torch import LongTensor, Tensor, nn
@@ -18,6 +18,10 @@ from vlmzoo.registry import Registry
 
 Grid = tuple[int, int]
 """(height, width) in patches or tokens."""
+
+NORMED: Final = "last_hidden_state"
+Layer = int | Literal["last_hidden_state"]
+"""A hidden state of the encoder: an index (0: the embeddings, -1: the last layer), or the last one behind its norm."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,10 @@ class TextSpec:
 class FeatureRequest:
     """What a connector wants from the encoder; one `FeatureMap` a layer, in this order.
 
-    layers: indices of hidden states (0: the embeddings, -1: the last layer); empty: the layer the run names.
+    layers: empty: the one that the run names.
     """
 
-    layers: tuple[int, ...] = ()
+    layers: tuple[Layer, ...] = ()
     cls: bool = False
     cls_attention: bool = False
     instruction: bool = False

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     GenerationMixin,
@@ -25,6 +24,7 @@ from vlmzoo.connector import (
     FeatureMap,
     ImageLayout,
     Instruction,
+    Layer,
     LayerContext,
     VisualInput,
 )
@@ -33,6 +33,17 @@ from vlmzoo.splice import VisualContext, arrange, assign_images, gather_slots, h
 from vlmzoo.vision.encoder import VisionEncoder
 
 IGNORE = -100
+IMAGE_INPUTS = (
+    "pixel_values",
+    "image_features",
+    "num_crops",
+    "crop_sizes",
+    "image_sizes",
+    "token_budget",
+    "instruction_ids",
+    "instruction_mask",
+)
+"""What `encode_images` takes, and `forward` and `generate` for it."""
 
 
 class VisionLanguageConfig(PreTrainedConfig):
@@ -48,7 +59,7 @@ class VisionLanguageConfig(PreTrainedConfig):
         connector: str = "linear",
         connector_options: dict[str, Any] | None = None,
         plugin: dict[str, str] | None = None,  # {"file": name, "sha256": hash} of the file that registered it
-        vision_layer: int = -2,
+        vision_layer: Layer = -2,
         image_size: int | None = None,
         image_token_id: int = -1,
         **kwargs: Any,
@@ -61,7 +72,7 @@ class VisionLanguageConfig(PreTrainedConfig):
         self.connector = connector
         self.connector_options = connector_options or {}
         self.plugin = plugin
-        self.vision_layer = vision_layer
+        self.vision_layer: Layer = vision_layer
         self.image_size = image_size
         self.image_token_id = image_token_id
 
@@ -100,7 +111,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         language: PreTrainedModel | None = None,
     ) -> None:
         super().__init__(config)
-        tower: Any = vision if vision is not None else AutoModel.from_config(config.vision_config)
+        tower: Any = vision if vision is not None else build.new_tower(config.vision_config)
         decoder: Any = language if language is not None else AutoModelForCausalLM.from_config(config.text_config)
         self.vision = VisionEncoder(tower, layer=config.vision_layer, image_size=config.image_size)
         self.language: PreTrainedModel = decoder
@@ -203,6 +214,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         image_features: Sequence[FeatureMap] | None = None,
         *,
         num_crops: Tensor | None = None,
+        crop_sizes: Tensor | None = None,
+        image_sizes: Tensor | None = None,
         token_budget: Tensor | None = None,
         instruction_ids: Tensor | None = None,
         instruction_mask: Tensor | None = None,
@@ -214,6 +227,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             pixel_values: (crops, 3, height, width), or
             image_features: what `vision.encode` gave for them.
             num_crops: (images,), where an image has several.
+            crop_sizes: (crops, 2), height and width in pixels, where crops are padded on the right and below.
+            image_sizes: (images, 2), height and width in pixels of the originals, for connectors that need them.
             token_budget: (images,), for connectors that can make fewer tokens of an image than they might.
             instruction_ids, instruction_mask: (images, length), for connectors that read the instruction.
 
@@ -223,15 +238,17 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         request = self.connector.requires
         if image_features is None:
             assert pixel_values is not None
-            image_features = self.vision.encode(pixel_values, request)
+            image_features = self.vision.encode(pixel_values, request, _pairs(crop_sizes))
         grids = iter(image_features[0].grids)
         crops = [1] * len(image_features[0].grids) if num_crops is None else num_crops.tolist()
         budgets = [None] * len(crops) if token_budget is None else token_budget.tolist()
-        if len(budgets) != len(crops):
-            raise ValueError(f"token_budget holds {len(budgets)} numbers for {len(crops)} images")
+        sizes = _pairs(image_sizes) or [None] * len(crops)
+        for name, given in (("token_budget", budgets), ("image_sizes", sizes)):
+            if len(given) != len(crops):
+                raise ValueError(f"{name} is given for {len(given)} of {len(crops)} images")
         layouts = [
-            ImageLayout(tuple(next(grids) for _ in range(count)), token_budget=budget)
-            for count, budget in zip(crops, budgets, strict=True)
+            ImageLayout(tuple(next(grids) for _ in range(count)), size, budget)
+            for count, size, budget in zip(crops, sizes, budgets, strict=True)
         ]
         instruction = None
         if request.instruction:
@@ -265,11 +282,6 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
         pixel_values: Tensor | None = None,
-        image_features: Sequence[FeatureMap] | None = None,
-        num_crops: Tensor | None = None,
-        token_budget: Tensor | None = None,
-        instruction_ids: Tensor | None = None,
-        instruction_mask: Tensor | None = None,
         visual: VisualContext | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
@@ -280,20 +292,14 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         """Logits, and the loss where `labels` are given.
 
         Args:
-            visual: what `encode_images` gave, instead of pixels or features; pass it again at each cached step.
+            pixel_values: and whatever else `encode_images` takes (`IMAGE_INPUTS`), or
+            visual: what it gave; pass that again at each cached step.
             labels: (batch, length), -100 where there is no target. The loss is the sum over targets divided by
                 `num_items_in_batch`, or by their own number. Logits then are only those of supervised positions.
         """
-        if visual is None and (pixel_values is not None or image_features is not None):
-            visual = self.encode_images(
-                input_ids,
-                pixel_values,
-                image_features,
-                num_crops=num_crops,
-                token_budget=token_budget,
-                instruction_ids=instruction_ids,
-                instruction_mask=instruction_mask,
-            )
+        images = _images(kwargs, pixel_values)
+        if visual is None and images:
+            visual = self.encode_images(input_ids, **images)
         is_image = input_ids == self.config.image_token_id
         embeds = self.language.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
         if visual is None:
@@ -351,28 +357,14 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         return InLLMCall(self.in_llm_layers, context, additions)
 
     @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        image_features: Sequence[FeatureMap] | None = None,
-        num_crops: Tensor | None = None,
-        token_budget: Tensor | None = None,
-        instruction_ids: Tensor | None = None,
-        instruction_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """The prompts and what follows them, as transformers' `generate`: pad prompts on the left."""
-        if pixel_values is not None or image_features is not None:
-            kwargs["visual"] = self.encode_images(
-                input_ids,
-                pixel_values,
-                image_features,
-                num_crops=num_crops,
-                token_budget=token_budget,
-                instruction_ids=instruction_ids,
-                instruction_mask=instruction_mask,
-            )
+    def generate(self, input_ids: Tensor, pixel_values: Tensor | None = None, **kwargs: Any) -> Any:
+        """The prompts and what follows them, as transformers' `generate`: pad prompts on the left.
+
+        Args:
+            pixel_values: and whatever else `encode_images` takes (`IMAGE_INPUTS`).
+        """
+        if images := _images(kwargs, pixel_values):
+            kwargs["visual"] = self.encode_images(input_ids, **images)
         if self.config.image_token_id < self.text_spec.vocab_size:
             kwargs.setdefault("suppress_tokens", [self.config.image_token_id])
         return super().generate(input_ids, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
@@ -382,6 +374,16 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             kwargs["visual"] = kwargs["visual"].expand(expand_size)
         expand = super()._expand_inputs_for_generation  # pyright: ignore[reportAttributeAccessIssue]
         return expand(expand_size=expand_size, **kwargs)
+
+
+def _images(kwargs: dict[str, Any], pixel_values: Tensor | None) -> dict[str, Any]:
+    """The images' inputs, taken out of these; none where no image is passed."""
+    images = {"pixel_values": pixel_values, **{key: kwargs.pop(key) for key in IMAGE_INPUTS if key in kwargs}}
+    return {} if images["pixel_values"] is None and images.get("image_features") is None else images
+
+
+def _pairs(sizes: Tensor | None) -> list[tuple[int, int]] | None:
+    return None if sizes is None else [(height, width) for height, width in sizes.tolist()]
 
 
 def _cast(features: FeatureMap, dtype: torch.dtype, device: torch.device) -> FeatureMap:

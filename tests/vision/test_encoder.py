@@ -8,7 +8,7 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import convert_ima
 from tests.tiny import CLIP, LLAMA, SIGLIP, pixels
 from vlmzoo import build
 from vlmzoo.config import EncoderConfig
-from vlmzoo.connector import FeatureRequest, ImageLayout
+from vlmzoo.connector import NORMED, FeatureRequest, ImageLayout
 from vlmzoo.model import VisionLanguageModel
 from vlmzoo.vision.encoder import VisionEncoder
 
@@ -38,7 +38,20 @@ OTHERS = {
         "intermediate_size": 48,
     },
 }
-PREFIX = {"dinov2": 1, "registers": 5, "internvit": 1, "siglip2": 0}
+for name, kind in {
+    "aimv2": "aimv2_vision_model",
+    "blip2": "blip_2_vision_model",
+    "instructblip": "instructblip_vision_model",
+    "janus": "janus_vision_model",
+    "idefics2": "idefics2_vision",
+    "idefics3": "idefics3_vision",
+    "smolvlm": "smolvlm_vision",
+    "pixtral": "pixtral",
+}.items():
+    OTHERS[name] = {**SMALL, "model_type": kind, "image_size": 24, "patch_size": 8, "intermediate_size": 48}
+OTHERS["pixtral"] |= {"head_dim": 16, "image_size": 48}
+MIXED = ["siglip2", "idefics2", "idefics3", "smolvlm", "pixtral"]
+PREFIX = {"dinov2": 1, "registers": 5, "internvit": 1, "blip2": 1, "instructblip": 1}
 
 
 def encoder(config, **kwargs):
@@ -61,25 +74,49 @@ def test_features_are_hidden_states(config, first, layer):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_towers_give_their_own_hidden_states(name):
-    part, first = encoder(OTHERS[name]), PREFIX[name]
-    assert part.image_size == 24
-    (found,) = part.encode(pixels(3), FeatureRequest(cls=bool(first)))
+    part, first = encoder(OTHERS[name]), PREFIX.get(name, 0)
+    assert part.image_size == (48 if name == "pixtral" else 24)
+    found, last = part.encode(pixels(3), FeatureRequest((-2, NORMED), cls=bool(first)))
     if name == "siglip2":
         patches = torch.stack([torch.from_numpy(convert_image_to_patches(image.numpy(), 8)) for image in pixels(3)])
         shapes = torch.tensor([[3, 3]] * 3)
         inputs = {"pixel_values": patches, "pixel_attention_mask": torch.ones(3, 9), "spatial_shapes": shapes}
     else:
         inputs = {"pixel_values": pixels(3)}
-    expected = part.model(**inputs, output_hidden_states=True).hidden_states[-2]
-    torch.testing.assert_close(found.values, expected[:, first:])
-    assert found.values.shape == (3, 9, 32)
-    if first:
-        torch.testing.assert_close(found.cls, expected[:, 0])
-    (wide,) = part.encode(torch.randn(2, 3, 24, 40), FeatureRequest())
-    assert wide.grids[0] == (3, 5)
-    assert wide.values.shape[1] == 15
+    output = part.model(**inputs, output_hidden_states=True)
+    for mine, theirs in ((found, output.hidden_states[-2]), (last, output.last_hidden_state)):
+        theirs = theirs.view(3, -1, 32)  # Pixtral gives all crops in one row
+        torch.testing.assert_close(mine.values, theirs[:, first:])
+        assert mine.values.shape == (3, 9, 32)
+        if first:
+            torch.testing.assert_close(mine.cls, theirs[:, 0])
     (alone,) = part.encode(pixels(3)[1:2], FeatureRequest())
     assert torch.equal(alone.values, found.values[1:2])
+    if name != "aimv2":  # its positions are for one size
+        (wide,) = part.encode(torch.randn(2, 3, 24, 40), FeatureRequest())
+        assert wide.grids[0] == (3, 5)
+        assert wide.values.shape[1] == 15
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_padded_crops_are_encoded_as_if_alone(name):
+    part = encoder(OTHERS[name], layer=NORMED)
+    sizes = [(24, 16), (16, 24), (24, 24), (8, 16)]
+    crops = pixels(4)
+    for crop, (height, width) in zip(crops, sizes, strict=True):
+        crop[:, height:] = crop[:, :, width:] = torch.nan if name == "pixtral" else 7.0
+    (together,) = part.encode(crops, FeatureRequest(), sizes)
+    assert together.grids == ((3, 2), (2, 3), (3, 3), (1, 2))
+    assert together.mask.sum(1).tolist() == [6, 6, 9, 2]
+    for row, (height, width) in enumerate(sizes):
+        (alone,) = part.encode(crops[row : row + 1, :, :height, :width], FeatureRequest())
+        real = together.values[row, : together.mask[row].sum()]
+        torch.testing.assert_close(real, alone.values[0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_tower_of_one_size_refuses_others():
+    with pytest.raises(ValueError, match="clip_vision_model encodes crops of one size; expected all of 24 x 24 pixels"):
+        encoder(CLIP).encode(pixels(2), FeatureRequest(), [(24, 24), (24, 16)])
 
 
 @pytest.mark.parametrize("name", ["dinov2", "registers", "internvit"])
@@ -88,7 +125,7 @@ def test_other_towers_say_what_cls_attends_to(name):
     part.model.set_attn_implementation("eager")
     (found,) = part.encode(pixels(2), FeatureRequest(cls_attention=True))
     attentions = part.model(pixel_values=pixels(2), output_attentions=True).attentions
-    torch.testing.assert_close(found.cls_attention, attentions[1][:, :, 0, PREFIX[name] :])
+    torch.testing.assert_close(found.cls_attention, attentions[1][:, :, 0, PREFIX.get(name, 0) :])
 
 
 def test_a_model_whose_connector_asks_for_attention_gets_it():

@@ -66,7 +66,7 @@ class FeatureCache:
         }
         self._layers: list[dict[str, Tensor]] = []
         for layer in request.layers or (encoder.layer,):
-            index = layer % (encoder.spec.num_layers + 1)
+            index = encoder.index(layer)
             key = hashlib.sha256(json.dumps({**shared, "layer": index}, sort_keys=True).encode()).hexdigest()[:16]
             want = FeatureRequest((index,), encoder.spec.has_cls, request.cls_attention)
             self._layers.append(

@@ -1,0 +1,163 @@
+"""The vision towers of transformers that can be an encoder: what each takes, and in what order its patches come."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from vlmzoo.connector import Grid
+from vlmzoo.registry import unknown
+
+Inputs = Callable[[PreTrainedConfig, Tensor, Sequence[Grid]], dict[str, Any]]
+Arrange = Callable[[PreTrainedConfig, Tensor, Sequence[Grid], Grid], Tensor]
+
+
+@dataclass(frozen=True)
+class Tower:
+    """What is to be known of a type of tower beside its configuration.
+
+    module, name: of transformers' class.
+    inputs: what its `forward` takes for pixels (crops, channels, height, width) whose patches stand on these grids.
+    num_prefix: how many hidden states stand before the patches, CLS first.
+    mixed: whether crops of several sizes, padded on the right and below, can be encoded in one call.
+    arrange: from what it gives, those grids and that of the padded crops, to (crops, patches, dim) with each crop's own
+        patches first, row by row; None: it gives that.
+    """
+
+    module: str
+    name: str
+    inputs: Inputs
+    num_prefix: Callable[[PreTrainedConfig], int] = lambda config: 0
+    mixed: bool = False
+    arrange: Arrange | None = None
+
+    @property
+    def model(self) -> type[PreTrainedModel]:
+        return getattr(importlib.import_module(f"transformers.models.{self.module}.modeling_{self.module}"), self.name)
+
+
+def tower(config: PreTrainedConfig) -> Tower:
+    """What is known of a configuration's type.
+
+    Raises:
+        ValueError: nothing is.
+    """
+    if config.model_type not in TOWERS:
+        raise unknown("encoder type", config.model_type, TOWERS)
+    return TOWERS[config.model_type]
+
+
+def image_side(config: PreTrainedConfig) -> int:
+    """Pixels a side of the images that a tower was made for."""
+    if config.model_type == "siglip2_vision_model":
+        return math.isqrt(config.num_patches) * config.patch_size
+    return square(config.image_size, "image_size")
+
+
+def square(size: int | Sequence[int], what: str) -> int:
+    """The one side of a square.
+
+    Raises:
+        ValueError: it has two.
+    """
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) != 1:
+        raise ValueError(f"encoder: expected a square {what}, got {list(sides)}")
+    return sides.pop()
+
+
+def _interpolating(config: PreTrainedConfig, pixels: Tensor, grids: Sequence[Grid]) -> dict[str, Any]:
+    resized = tuple(pixels.shape[-2:]) != (square(config.image_size, "image_size"),) * 2
+    return {"pixel_values": pixels, "interpolate_pos_encoding": resized}
+
+
+def _plain(config: PreTrainedConfig, pixels: Tensor, grids: Sequence[Grid]) -> dict[str, Any]:
+    return {"pixel_values": pixels}
+
+
+def _patched(config: PreTrainedConfig, pixels: Tensor, grids: Sequence[Grid]) -> dict[str, Any]:
+    """SigLIP 2: flattened patches, the real ones first."""
+    patch = config.patch_size
+    rows = [
+        rearrange(
+            image[..., : height * patch, : width * patch],
+            "channels (height rows) (width columns) -> (height width) (rows columns channels)",
+            rows=patch,
+            columns=patch,
+        )
+        for image, (height, width) in zip(pixels, grids, strict=True)
+    ]
+    lengths = torch.tensor([len(row) for row in rows], device=pixels.device)
+    patches = _padded(rows)
+    mask = torch.arange(patches.shape[1], device=pixels.device) < lengths[:, None]
+    shapes = torch.tensor(grids, device=pixels.device)
+    return {"pixel_values": patches, "pixel_attention_mask": mask.long(), "spatial_shapes": shapes}
+
+
+def _masked(config: PreTrainedConfig, pixels: Tensor, grids: Sequence[Grid]) -> dict[str, Any]:
+    """Idefics 2 and 3: a mask over the padded grid."""
+    height, width = (side // config.patch_size for side in pixels.shape[-2:])
+    mask = torch.zeros(len(pixels), height, width, dtype=torch.bool, device=pixels.device)
+    for crop, (rows, columns) in enumerate(grids):
+        mask[crop, :rows, :columns] = True
+    return {"pixel_values": pixels, "patch_attention_mask": mask}
+
+
+def _sized(config: PreTrainedConfig, pixels: Tensor, grids: Sequence[Grid]) -> dict[str, Any]:
+    """Pixtral: the size of each crop in pixels."""
+    patch = config.patch_size
+    sizes = torch.tensor([(height * patch, width * patch) for height, width in grids], device=pixels.device)
+    return {"pixel_values": pixels, "image_sizes": sizes}
+
+
+def _from_padded(config: PreTrainedConfig, state: Tensor, grids: Sequence[Grid], full: Grid) -> Tensor:
+    """Of a tower that gives the padded grid."""
+    if all(grid == full for grid in grids):
+        return state
+    rows = [
+        rearrange(crop, "(height width) dim -> height width dim", width=full[1])[:height, :width].flatten(0, 1)
+        for crop, (height, width) in zip(state, grids, strict=True)
+    ]
+    return _padded(rows)
+
+
+def _from_packed(config: PreTrainedConfig, state: Tensor, grids: Sequence[Grid], full: Grid) -> Tensor:
+    """Of a tower that gives the patches of all crops one behind the other."""
+    return _padded(state.flatten(0, -2).split([height * width for height, width in grids]))
+
+
+def _padded(rows: Sequence[Tensor]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+
+
+def _cls(config: PreTrainedConfig) -> int:
+    return 1
+
+
+TOWERS: dict[str, Tower] = {
+    "clip_vision_model": Tower("clip", "CLIPVisionModel", _interpolating, _cls),
+    "siglip_vision_model": Tower("siglip", "SiglipVisionModel", _interpolating),
+    "siglip2_vision_model": Tower("siglip2", "Siglip2VisionModel", _patched, mixed=True),
+    "dinov2": Tower("dinov2", "Dinov2Model", _plain, _cls),
+    "dinov2_with_registers": Tower(
+        "dinov2_with_registers", "Dinov2WithRegistersModel", _plain, lambda config: 1 + config.num_register_tokens
+    ),
+    "internvl_vision": Tower("internvl", "InternVLVisionModel", _plain, _cls),
+    "aimv2_vision_model": Tower("aimv2", "Aimv2VisionModel", _plain),
+    "blip_2_vision_model": Tower("blip_2", "Blip2VisionModel", _interpolating, _cls),
+    "instructblip_vision_model": Tower("instructblip", "InstructBlipVisionModel", _interpolating, _cls),
+    "janus_vision_model": Tower("janus", "JanusVisionModel", _interpolating),
+    "idefics2_vision": Tower("idefics2", "Idefics2VisionTransformer", _masked, mixed=True, arrange=_from_padded),
+    "idefics3_vision": Tower("idefics3", "Idefics3VisionTransformer", _masked, mixed=True, arrange=_from_padded),
+    "smolvlm_vision": Tower("smolvlm", "SmolVLMVisionTransformer", _masked, mixed=True, arrange=_from_padded),
+    "pixtral": Tower("pixtral", "PixtralVisionModel", _sized, mixed=True, arrange=_from_packed),
+}
+"""By transformers' model types."""
