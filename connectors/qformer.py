@@ -107,7 +107,8 @@ class QFormer(Connector):
     """`num_queries` tokens an image, whatever its size: BLIP-2's Q-Former and a projection to the LLM's width.
 
     It reads CLS where the encoder has one, and all crops of an image together. With `instruction` the tokens of the
-    human turn stand beside the queries in self-attention, with a feed-forward of their own, and are dropped at the end.
+    human turn stand beside the queries in self-attention, with a feed-forward of their own, and are dropped at the end;
+    their ids are the LLM's, or those of another tokenizer with `instruction_vocab_size` of them.
 
     Source: Li et al., BLIP-2 (2023), section 3.1; Dai et al., InstructBLIP (2023), section 2.3. The norm of the memory
     is the trained `ln_vision` of their code.
@@ -127,6 +128,7 @@ class QFormer(Connector):
         ffn_multiplier: float = 4,
         cross_attention_every: int = 2,
         instruction: bool = False,
+        instruction_vocab_size: int | None = None,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -142,7 +144,9 @@ class QFormer(Connector):
         self.requires = FeatureRequest(cls=vision.has_cls, instruction=instruction)
         self.memory_norm = nn.LayerNorm(vision.hidden_size, eps=vision.norm_eps)
         self.queries = nn.Parameter(torch.empty(num_queries, hidden_size).normal_(std=0.02))
-        self.instruction = InstructionEmbedding(text.vocab_size, hidden_size) if instruction else None
+        self.instruction = (
+            InstructionEmbedding(instruction_vocab_size or text.vocab_size, hidden_size) if instruction else None
+        )
         self.norm = nn.LayerNorm(hidden_size, eps=NORM_EPS)
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(

@@ -15,7 +15,7 @@ LAYERS = [
     {"build"},
     {"splice"},
     {"model"},
-    {"processor"},
+    {"processor", "interop"},
     {"samples"},
     {"training", "evaluation", "conformance"},
     {"sweeps"},

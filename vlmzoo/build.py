@@ -182,7 +182,7 @@ def vision(config: EncoderConfig, *, seed: int = 0, dtype: torch.dtype = torch.f
     if config.config is not None:
         return _random(new_tower, config.config, "encoder", seed, dtype)
     source = _source(config.name, "encoder")
-    whole = _read(AutoConfig.from_pretrained, source, "encoder")
+    whole = read(AutoConfig.from_pretrained, source, "encoder")
     part = getattr(whole, "vision_config", whole)
     return _pretrained(tower(part).model, source, part, "encoder", dtype)
 
@@ -198,7 +198,7 @@ def language(config: LLMConfig, *, seed: int = 0, dtype: torch.dtype = torch.flo
     if config.config is not None:
         return _random(AutoModelForCausalLM.from_config, config.config, "llm", seed, dtype, **options)
     source = _source(config.name, "llm")
-    parts = _read(AutoConfig.from_pretrained, source, "llm")
+    parts = read(AutoConfig.from_pretrained, source, "llm")
     return _pretrained(AutoModelForCausalLM, source, parts, "llm", dtype, **options)
 
 
@@ -211,7 +211,7 @@ def tokenizer(config: LLMConfig, vocab_size: int | None = None) -> PreTrainedTok
     Raises:
         ValueError: no tokenizer there, or one without a token to pad with, or for another LLM.
     """
-    found = _read(_read_tokenizer, _source(config.tokenizer or config.name, "llm.tokenizer"), "tokenizer")
+    found = read(_read_tokenizer, _source(config.tokenizer or config.name, "llm.tokenizer"), "tokenizer")
     name = f"tokenizer {config.tokenizer or config.name}"
     if IMAGE_TOKEN not in found.all_special_tokens:  # where it is a word already, it keeps its id
         found.add_special_tokens({"extra_special_tokens": [*found.extra_special_tokens, IMAGE_TOKEN]})
@@ -254,7 +254,7 @@ def image_processor(config: EncoderConfig) -> Any:
 
         size = config.image_size or image_side(AutoConfig.for_model(**config.config))
         return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    return _read(AutoImageProcessor.from_pretrained, _source(config.name, "encoder"), "image processor", backend="pil")
+    return read(AutoImageProcessor.from_pretrained, _source(config.name, "encoder"), "image processor", backend="pil")
 
 
 def dataset(config: DataConfig) -> tuple[Path, Path]:
@@ -293,7 +293,7 @@ def _source(name: str | None, where: str) -> str:
     return str(path) if path.is_dir() else name
 
 
-def _read(reader: Any, source: str, what: str, **kwargs: Any) -> Any:
+def read(reader: Any, source: str, what: str, **kwargs: Any) -> Any:
     try:
         return reader(source, **kwargs)
     except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
@@ -351,7 +351,7 @@ def _pretrained(
 ) -> PreTrainedModel:
     options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # we refuse them ourselves, in one line
     with quiet_transformers():
-        loaded, found = _read(
+        loaded, found = read(
             model.from_pretrained, source, what, config=config, dtype=dtype, output_loading_info=True, **options
         )
     if missing := sorted(found["missing_keys"]):

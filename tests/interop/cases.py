@@ -1,0 +1,280 @@
+"""Tiny models of transformers with weights that tell computations apart, and inputs for each."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tests.connectors.parts import rescale
+
+IMAGE = 90
+SIZE, PATCH = 24, 6  # 4 x 4 patches
+SIZES = [(24, 24), (12, 24), (24, 12)]
+CLIP: dict[str, Any] = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": SIZE,
+    "patch_size": PATCH,
+}
+SIGLIP = {**CLIP, "model_type": "siglip_vision_model"}
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "max_position_embeddings": 512,
+}
+QWEN2 = {**LLAMA, "model_type": "qwen2"}
+MISTRAL = {**LLAMA, "model_type": "mistral", "head_dim": 8, "sliding_window": None}
+
+
+def typed(values: dict[str, Any], kind: str, **more: Any) -> dict[str, Any]:
+    return {**values, "model_type": kind, **more}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A class of transformers, its configuration, the tokens that images take, and the inputs beside `input_ids`."""
+
+    model: str
+    config: dict[str, Any]
+    tokens: int | Sequence[int]
+    images: Callable[[Sequence[int]], dict[str, Any]]
+    back: bool = True
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def build(self) -> PreTrainedModel:
+        kind: Any = getattr(transformers, self.model)
+        config = kind.config_class(**self.config, image_token_id=IMAGE, **self.extra)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = kind(config).eval()
+        rescale(model)
+        model.generation_config.eos_token_id = None
+        return model
+
+    def inputs(self, samples: Sequence[int] = (1, 2, 1)) -> dict[str, Any]:
+        """A batch padded on the left, of samples with so many images each."""
+        generator = torch.Generator().manual_seed(5)
+        rows = []
+        counts = itertools.cycle([self.tokens] if isinstance(self.tokens, int) else self.tokens)
+        for number, images in enumerate(samples):
+            row = [1, *_text(generator, 2 + number)]
+            for _ in range(images):
+                row += [IMAGE] * next(counts) + _text(generator, 3)
+            rows.append(row)
+        length = max(map(len, rows))
+        ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+        return {"input_ids": ids, "attention_mask": mask, **self.images(samples)}
+
+
+def _text(generator: torch.Generator, count: int) -> list[int]:
+    return torch.randint(3, IMAGE, (count,), generator=generator).tolist()
+
+
+def pixels(count: int, height: int = SIZE, width: int = SIZE, seed: int = 6) -> Tensor:
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def plain(samples: Sequence[int]) -> dict[str, Any]:
+    """(images, 3, height, width)"""
+    return {"pixel_values": pixels(sum(samples))}
+
+
+def sized(samples: Sequence[int]) -> dict[str, Any]:
+    """The same, padded on the right and below."""
+    values, sizes = pixels(sum(samples)), list(itertools.islice(itertools.cycle(SIZES), sum(samples)))
+    for image, (height, width) in zip(values, sizes, strict=True):
+        image[:, height:] = image[:, :, width:] = 0
+    return {"pixel_values": values, "image_sizes": torch.tensor(sizes)}
+
+
+def batched(samples: Sequence[int]) -> dict[str, Any]:
+    """(batch, images, 3, height, width), zeros where a sample has fewer images."""
+    images = pixels(sum(samples)).split(list(samples))
+    return {"pixel_values": torch.nn.utils.rnn.pad_sequence(images, batch_first=True)}
+
+
+def masked(samples: Sequence[int]) -> dict[str, Any]:
+    """The same, with images of several sizes and a mask (batch, images, height, width)."""
+    inputs = sized(samples)
+    values, masks = [], []
+    rows = inputs["pixel_values"].split(list(samples))
+    for images, sizes in zip(rows, inputs["image_sizes"].split(list(samples)), strict=True):
+        mask = torch.zeros(len(images), SIZE, SIZE, dtype=torch.long)
+        for index, (height, width) in enumerate(sizes):
+            mask[index, :height, :width] = 1
+        values.append(images)
+        masks.append(mask)
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {"pixel_values": pad(values, batch_first=True), "pixel_attention_mask": pad(masks, batch_first=True)}
+
+
+def instructed(samples: Sequence[int]) -> dict[str, Any]:
+    count, generator = sum(samples), torch.Generator().manual_seed(8)
+    ids = torch.randint(1, 70, (count, 6), generator=generator)
+    mask = (torch.arange(6) < torch.randint(2, 7, (count, 1), generator=generator)).long()
+    return {"pixel_values": pixels(count), "qformer_input_ids": ids * mask, "qformer_attention_mask": mask}
+
+
+OPT: dict[str, Any] = {
+    "model_type": "opt",
+    "hidden_size": 32,
+    "word_embed_proj_dim": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "dropout": 0.0,
+}
+QFORMER: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "encoder_hidden_size": 24,
+    "vocab_size": 70,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+BLIP = {key: value for key, value in CLIP.items() if key != "model_type"}
+
+PIXTRAL: dict[str, Any] = {**CLIP, "model_type": "pixtral", "image_size": 48, "head_dim": 12}
+VQ: dict[str, Any] = {
+    "embed_dim": 8,
+    "num_embeddings": 10,
+    "latent_channels": 32,
+    "base_channels": 32,
+    "channel_multiplier": [1, 1],
+    "num_res_blocks": 1,
+    "num_patches": 4,
+    "projection_dim": 32,
+    "image_token_embed_dim": 32,
+}
+
+CASES: dict[str, Case] = {
+    "llava": Case("LlavaForConditionalGeneration", {"vision_config": CLIP, "text_config": LLAMA}, 16, plain),
+    "llava_siglip": Case(
+        "LlavaForConditionalGeneration",
+        {
+            "vision_config": SIGLIP,
+            "text_config": QWEN2,
+            "vision_feature_select_strategy": "full",
+            "vision_feature_layer": -1,
+        },
+        16,
+        plain,
+    ),
+    "llava_layers": Case(
+        "LlavaForConditionalGeneration",
+        {"vision_config": CLIP, "text_config": LLAMA, "vision_feature_layer": [-2, 1]},
+        16,
+        plain,
+    ),
+    "vip_llava": Case(
+        "VipLlavaForConditionalGeneration",
+        {"vision_config": CLIP, "text_config": LLAMA, "vision_feature_layers": [-2, -3, 1]},
+        16,
+        plain,
+    ),
+    "blip_2": Case(
+        "Blip2ForConditionalGeneration",
+        {"vision_config": BLIP, "qformer_config": QFORMER, "text_config": OPT, "num_query_tokens": 5},
+        5,
+        plain,
+    ),
+    "instruct_blip": Case(
+        "InstructBlipForConditionalGeneration",
+        {"vision_config": BLIP, "qformer_config": QFORMER, "text_config": LLAMA, "num_query_tokens": 5},
+        5,
+        instructed,
+    ),
+    "idefics2": Case(
+        "Idefics2ForConditionalGeneration",
+        {
+            "vision_config": typed(CLIP, "idefics2_vision"),
+            "text_config": MISTRAL,
+            "perceiver_config": {
+                "hidden_size": 32,
+                "resampler_n_latents": 5,
+                "resampler_depth": 2,
+                "resampler_n_heads": 4,
+                "resampler_head_dim": 6,
+                "num_key_value_heads": 2,
+            },
+        },
+        5,
+        masked,
+    ),
+    "idefics3": Case(
+        "Idefics3ForConditionalGeneration",
+        {"vision_config": typed(CLIP, "idefics3_vision"), "text_config": LLAMA, "scale_factor": 2},
+        4,
+        batched,
+    ),
+    "smolvlm": Case(
+        "SmolVLMForConditionalGeneration",
+        {"vision_config": typed(CLIP, "smolvlm_vision"), "text_config": LLAMA, "scale_factor": 4},
+        1,
+        batched,
+    ),
+    "janus": Case(
+        "JanusForConditionalGeneration",
+        {
+            "vision_config": typed(
+                {**CLIP, "hidden_act": "gelu"}, "janus_vision_model", projection_dim=32, depth=2, mlp_ratio=2.0
+            ),
+            "text_config": LLAMA,
+            "vq_config": VQ,
+        },
+        16,
+        plain,
+        back=False,
+    ),
+    "mistral3": Case(
+        "Mistral3ForConditionalGeneration",
+        {"vision_config": PIXTRAL, "text_config": MISTRAL, "spatial_merge_size": 2, "vision_feature_layer": -1},
+        [4, 2, 2],
+        sized,
+    ),
+    "llava_pixtral": Case(
+        "LlavaForConditionalGeneration",
+        {
+            "vision_config": PIXTRAL,
+            "text_config": MISTRAL,
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "full",
+        },
+        [16, 8, 8],
+        sized,
+    ),
+    "internvl": Case(
+        "InternVLForConditionalGeneration",
+        {
+            "vision_config": typed(CLIP, "internvl_vision", image_size=[SIZE, SIZE], patch_size=[PATCH, PATCH]),
+            "text_config": QWEN2,
+            "downsample_ratio": 0.5,
+        },
+        4,
+        plain,
+    ),
+}

@@ -1,0 +1,110 @@
+"""Names of weights in transformers' models and in ours, in both directions.
+
+In a pattern `*` stands for a number and `**`, at its end, for the rest of a name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+Tensors = tuple[Tensor, ...]
+
+
+def _unchanged(tensors: Tensors) -> Tensors:
+    return tensors
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Some weights of theirs and the same ones of ours, as many of each as the functions give and take.
+
+    A rule without `ours` says that weights have no part in reading images and answering.
+    """
+
+    theirs: tuple[str, ...]
+    ours: tuple[str, ...]
+    to_ours: Callable[[Tensors], Tensors] = _unchanged
+    to_theirs: Callable[[Tensors], Tensors] = _unchanged
+
+
+def same(theirs: str, ours: str) -> Rule:
+    """The same weights under two names."""
+    return Rule((theirs,), (ours,))
+
+
+def copied(theirs: str, ours: str) -> Rule:
+    """Weights that another rule names too: ours twice."""
+    return Rule((theirs,), (ours,), lambda t: (t[0].clone(),))
+
+
+def without_first(theirs: str, ours: str) -> Rule:
+    """A parameter that has a first dimension of one in theirs."""
+    return Rule((theirs,), (ours,), lambda t: (t[0].squeeze(0),), lambda t: (t[0].unsqueeze(0),))
+
+
+def chunks(theirs: str, *ours: str) -> Rule:
+    """One matrix or vector that is several of ours, one below the other."""
+    return Rule((theirs,), ours, lambda t: t[0].chunk(len(ours)), lambda t: (torch.cat(t),))
+
+
+def dropped(theirs: str) -> Rule:
+    """Weights of theirs that ours has no use for."""
+    return Rule((theirs,), ())
+
+
+def to_ours(weights: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Tensor]:
+    """Their weights under our names; all rules that fit a name apply, a later one's name wins.
+
+    Raises:
+        ValueError: a weight that no rule fits.
+    """
+    return _renamed(weights, [(rule.theirs, rule.ours, rule.to_ours) for rule in rules])
+
+
+def to_theirs(weights: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Tensor]:
+    """Our weights under their names.
+
+    Raises:
+        ValueError: a weight that no rule fits.
+    """
+    return _renamed(weights, [(rule.ours, rule.theirs, rule.to_theirs) for rule in rules if rule.ours])
+
+
+def _renamed(
+    weights: Mapping[str, Tensor],
+    rules: Sequence[tuple[tuple[str, ...], tuple[str, ...], Callable[[Tensors], Tensors]]],
+) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    used: set[str] = set()
+    for sources, targets, change in rules:
+        first = _pattern(sources[0])
+        for name in weights:
+            if (match := first.fullmatch(name)) is None:
+                continue
+            names = [_filled(source, match.groups()) for source in sources]
+            if any(other not in weights for other in names):
+                continue
+            used.update(names)
+            if targets:
+                values = change(tuple(weights[other] for other in names))
+                found |= {_filled(t, match.groups()): v for t, v in zip(targets, values, strict=True)}
+    if unknown := sorted(set(weights) - used):
+        raise ValueError(f"{len(unknown)} weights have no place, {unknown[0]} first")
+    return found
+
+
+@cache
+def _pattern(text: str) -> re.Pattern[str]:
+    parts = re.split(r"(\*\*|\*)", text)
+    return re.compile("".join({"**": "(.+)", "*": r"(\d+)"}.get(part, re.escape(part)) for part in parts))
+
+
+def _filled(text: str, groups: Sequence[str]) -> str:
+    values = iter(groups)
+    return re.sub(r"\*\*|\*", lambda _: next(values), text)
