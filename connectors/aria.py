@@ -11,7 +11,8 @@ from vlmzoo.connectors._layers import FeedForward, MultiHeadAttention, at_least_
 
 @register("aria")
 class Aria(TokenConnector):
-    """One cross-attention of `num_queries` learned queries, or twice as many for more than `many_patches` patches.
+    """One cross-attention of `num_queries` learned queries, or twice as many where the square around the image has more
+    than `many_patches` patches.
 
     Source: Li et al., Aria (2024), section 2.2 and its code: 128 tokens for 1225 patches, 256 for 4900.
     """
@@ -31,7 +32,7 @@ class Aria(TokenConnector):
         self.project = FeedForward(dim, text_dim, "gelu_tanh", out_dim=text_dim)
 
     def num_tokens(self, grid: Grid) -> int:
-        return self.num_queries * (2 if grid[0] * grid[1] > self.many_patches else 1)
+        return self.num_queries * (2 if max(grid) ** 2 > self.many_patches else 1)
 
     def forward(self, patches: Tensor, grid: Grid) -> Tensor:
         queries = self.query(self.query_norm(self.queries[: self.num_tokens(grid)])).expand(len(patches), -1, -1)

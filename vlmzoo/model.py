@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from vlmzoo.connector import (
     VisualInput,
 )
 from vlmzoo.language.layers import ARGUMENT, InLLMCall, attach, check_reached
+from vlmzoo.language.masks import block_masks, prefix_blocks
 from vlmzoo.splice import VisualContext, arrange, assign_images, gather_slots, hide_unfilled, positions, splice
 from vlmzoo.vision.encoder import VisionEncoder
 
@@ -62,6 +63,7 @@ class VisionLanguageConfig(PreTrainedConfig):
         vision_layer: Layer = -2,
         image_size: int | None = None,
         image_token_id: int = -1,
+        bidirectional: Literal["image", "prefix"] | None = None,
         **kwargs: Any,
     ) -> None:
         text_config = _config(text_config, "llama")
@@ -75,6 +77,7 @@ class VisionLanguageConfig(PreTrainedConfig):
         self.vision_layer: Layer = vision_layer
         self.image_size = image_size
         self.image_token_id = image_token_id
+        self.bidirectional = bidirectional  # whose tokens see one another: an image's, or all before the first target
 
 
 def _config(value: PreTrainedConfig | dict[str, Any] | None, default: str) -> PreTrainedConfig:
@@ -289,6 +292,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         pixel_values: Tensor | None = None,
         visual: VisualContext | None = None,
         labels: Tensor | None = None,
+        blocks: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         use_cache: bool | None = None,
@@ -301,10 +305,12 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             visual: what it gave; pass that again at each cached step.
             labels: (batch, length), -100 where there is no target. The loss is the sum over targets divided by
                 `num_items_in_batch`, or by their own number. Logits then are only those of supervised positions.
+            blocks: (batch, length), tokens of one block see one another, -1: none; instead of `config.bidirectional`.
         """
         images = self.take_images(kwargs, pixel_values)
         if visual is None and images:
             visual = self.encode_images(input_ids, **images)
+        blocks = kwargs.pop("blocks", blocks)  # where `take_images` made them
         is_image = input_ids == self.config.image_token_id
         embeds = self.language.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
         if visual is None:
@@ -320,10 +326,19 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             if visual.unfilled_prompt is not None and visual.unfilled_prompt.any():
                 position_ids = None  # counted anew below, without the hidden slots
             call = self._in_llm(visual, is_image, slot, keep=bool(use_cache) and not torch.is_grad_enabled())
+            context = call.context
         if call.places():
             kwargs[ARGUMENT] = call
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = positions(attention_mask, input_ids.shape[1])
+        if past_key_values is None or past_key_values.get_seq_length() == 0:  # what is decoded follows one by one
+            if blocks is None and self.config.bidirectional == "prefix":
+                blocks = prefix_blocks(input_ids, labels, IGNORE)
+            elif blocks is None and self.config.bidirectional == "image":
+                blocks = context.image_of_token.masked_fill(~is_image, -1)
+            if blocks is not None:
+                arguments = attention_mask, past_key_values, position_ids, blocks
+                attention_mask = block_masks(self.language.config.get_text_config(), embeds, *arguments)
         columns = None
         if labels is not None:
             use_cache = bool(use_cache)  # a cache is the LLM's default, and of no use in training

@@ -98,7 +98,7 @@ class Gemma(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm = nn.Parameter(torch.ones(VISION.hidden_size))
+        self.norm = nn.Parameter(torch.zeros(VISION.hidden_size))
         self.project = nn.Parameter(torch.zeros(TEXT.hidden_size, VISION.hidden_size))
 
     def forward(self, patches: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class Gemma(nn.Module):
             Gemma3Config(vision_config=vision.to_dict(), text_config=text, mm_tokens_per_image=4)
         )
         with torch.no_grad():
-            inner.mm_soft_emb_norm.weight.copy_(self.norm - 1)
+            inner.mm_soft_emb_norm.weight.copy_(self.norm)
             inner.mm_input_projection_weight.copy_(self.project.T)
         return inner(patches)
 

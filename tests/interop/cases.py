@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,11 +57,11 @@ class Case:
     tokens: int | Sequence[int]
     images: Callable[[Sequence[int]], dict[str, Any]]
     back: bool = True
-    extra: dict[str, Any] = field(default_factory=dict)
+    kinds: Callable[[Tensor], Tensor] | None = None
 
     def build(self) -> PreTrainedModel:
         kind: Any = getattr(transformers, self.model)
-        config = kind.config_class(**self.config, image_token_id=IMAGE, **self.extra)
+        config = kind.config_class(**self.config, image_token_id=IMAGE)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = kind(config).eval()
@@ -77,12 +77,13 @@ class Case:
         for number, images in enumerate(samples):
             row = [1, *_text(generator, 2 + number)]
             for _ in range(images):
-                row += [IMAGE] * next(counts) + _text(generator, 3)
+                row += [91, *[IMAGE] * next(counts), 92, *_text(generator, 3)]  # as images begin and end in some
             rows.append(row)
         length = max(map(len, rows))
         ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-        return {"input_ids": ids, "attention_mask": mask, **self.images(samples)}
+        kinds = {} if self.kinds is None else {"token_type_ids": self.kinds(ids)}
+        return {"input_ids": ids, "attention_mask": mask, **kinds, **self.images(samples)}
 
 
 def _text(generator: torch.Generator, count: int) -> list[int]:
@@ -98,33 +99,38 @@ def plain(samples: Sequence[int]) -> dict[str, Any]:
     return {"pixel_values": pixels(sum(samples))}
 
 
-def sized(samples: Sequence[int]) -> dict[str, Any]:
+def sized(samples: Sequence[int], sizes: Sequence[tuple[int, int]] = SIZES) -> dict[str, Any]:
     """The same, padded on the right and below."""
-    values, sizes = pixels(sum(samples)), list(itertools.islice(itertools.cycle(SIZES), sum(samples)))
+    values, sizes = pixels(sum(samples)), list(itertools.islice(itertools.cycle(sizes), sum(samples)))
     for image, (height, width) in zip(values, sizes, strict=True):
         image[:, height:] = image[:, :, width:] = 0
     return {"pixel_values": values, "image_sizes": torch.tensor(sizes)}
 
 
 def batched(samples: Sequence[int]) -> dict[str, Any]:
-    """(batch, images, 3, height, width), zeros where a sample has fewer images."""
+    """(batch, images, 3, height, width), zeros where a sample has fewer images, and a mask without the channels."""
     images = pixels(sum(samples)).split(list(samples))
-    return {"pixel_values": torch.nn.utils.rnn.pad_sequence(images, batch_first=True)}
+    values = torch.nn.utils.rnn.pad_sequence(images, batch_first=True)
+    return {"pixel_values": values, "pixel_attention_mask": (values != 0).any(2).long()}
+
+
+def shown(samples: Sequence[int]) -> dict[str, Any]:
+    """Images of several sizes, not all of whole patches, and a mask (images, height, width)."""
+    inputs = sized(samples, [(24, 24), (11, 24), (24, 13)])
+    mask = torch.zeros(sum(samples), SIZE, SIZE, dtype=torch.long)
+    for image, (height, width) in zip(mask, inputs.pop("image_sizes"), strict=True):
+        image[:height, :width] = 1
+    return {**inputs, "pixel_mask": mask}
 
 
 def masked(samples: Sequence[int]) -> dict[str, Any]:
-    """The same, with images of several sizes and a mask (batch, images, height, width)."""
-    inputs = sized(samples)
-    values, masks = [], []
-    rows = inputs["pixel_values"].split(list(samples))
-    for images, sizes in zip(rows, inputs["image_sizes"].split(list(samples)), strict=True):
-        mask = torch.zeros(len(images), SIZE, SIZE, dtype=torch.long)
-        for index, (height, width) in enumerate(sizes):
-            mask[index, :height, :width] = 1
-        values.append(images)
-        masks.append(mask)
+    """The same as (batch, images, ...)."""
+    pixel_values, mask = (values.split(list(samples)) for values in shown(samples).values())
     pad = torch.nn.utils.rnn.pad_sequence
-    return {"pixel_values": pad(values, batch_first=True), "pixel_attention_mask": pad(masks, batch_first=True)}
+    return {
+        "pixel_values": pad(pixel_values, batch_first=True),
+        "pixel_attention_mask": pad(mask, batch_first=True),
+    }
 
 
 def instructed(samples: Sequence[int]) -> dict[str, Any]:
@@ -159,6 +165,18 @@ QFORMER: dict[str, Any] = {
 BLIP = {key: value for key, value in CLIP.items() if key != "model_type"}
 
 PIXTRAL: dict[str, Any] = {**CLIP, "model_type": "pixtral", "image_size": 48, "head_dim": 12}
+OVIS: dict[str, Any] = {
+    "vision_config": {
+        **{key: value for key, value in CLIP.items() if key != "model_type"},
+        "vocab_size": 40,
+        "num_visual_indicator_tokens": 3,
+        "hidden_stride": 2,
+    },
+    "text_config": {**LLAMA, "model_type": "qwen2"},
+    "visual_indicator_token_ids": [91, 92, 93],
+    "hidden_size": 32,
+    "vocab_size": 100,
+}
 VQ: dict[str, Any] = {
     "embed_dim": 8,
     "num_embeddings": 10,
@@ -267,6 +285,53 @@ CASES: dict[str, Case] = {
         [16, 8, 8],
         sized,
     ),
+    "aria": Case(
+        "AriaForConditionalGeneration",
+        {
+            "vision_config": typed(CLIP, "idefics3_vision"),
+            "text_config": typed(LLAMA, "aria_text", moe_num_experts=3, moe_topk=2, moe_num_shared_experts=1),
+            "projector_patch_to_query_dict": {16: 3, 64: 6},
+        },
+        3,
+        shown,
+    ),
+    "paligemma": Case(
+        "PaliGemmaForConditionalGeneration",
+        {
+            "vision_config": {**SIGLIP, "projection_dim": 32},
+            "text_config": typed(LLAMA, "gemma", head_dim=8),
+            "projection_dim": 32,
+            "hidden_size": 32,
+        },
+        16,
+        plain,
+        kinds=lambda ids: torch.zeros_like(ids),
+    ),
+    "paligemma_2": Case(
+        "PaliGemmaForConditionalGeneration",
+        {
+            "vision_config": {**SIGLIP, "projection_dim": 32},
+            "text_config": typed(LLAMA, "gemma2", head_dim=8, sliding_window=11, query_pre_attn_scalar=8),
+            "projection_dim": 32,
+            "hidden_size": 32,
+        },
+        16,
+        plain,
+        kinds=lambda ids: torch.zeros_like(ids),
+    ),
+    "gemma3": Case(
+        "Gemma3ForConditionalGeneration",
+        {
+            "vision_config": SIGLIP,
+            "text_config": typed(LLAMA, "gemma3_text", head_dim=8, sliding_window=11, query_pre_attn_scalar=8),
+            "mm_tokens_per_image": 4,
+        },
+        4,
+        plain,
+        kinds=lambda ids: (ids == IMAGE).long(),
+    ),
+    "ovis2": Case("Ovis2ForConditionalGeneration", {**OVIS, "tie_word_embeddings": False}, 4, plain, back=False),
+    "ovis2_tied": Case("Ovis2ForConditionalGeneration", {**OVIS, "tie_word_embeddings": True}, 4, plain, back=False),
     "internvl": Case(
         "InternVLForConditionalGeneration",
         {

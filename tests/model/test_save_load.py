@@ -47,7 +47,7 @@ def test_config_holds_every_option(tmp_path):
     model("mlp").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["connector"] == "mlp"
-    assert config["connector_options"] == {"depth": 2}
+    assert config["connector_options"] == {"depth": 2, "layers": []}
     assert config["text_config"]["model_type"] == "llama"
     assert config["vision_config"]["model_type"] == "clip_vision_model"
 

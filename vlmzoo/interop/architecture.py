@@ -17,7 +17,7 @@ class UnsupportedError(ValueError):
     """A model of a known class, with a setting that our connector does not have."""
 
 
-def _as_they_are(inputs: dict[str, Any]) -> None:
+def _as_they_are(inputs: dict[str, Any], config: VisionLanguageConfig) -> None:
     pass
 
 
@@ -32,14 +32,16 @@ class Architecture:
     translate: makes the original's keywords those of `VisionLanguageModel.forward`, in place.
     back: a configuration of theirs, as values, for one of ours; raises `UnsupportedError`. None: the class has parts
         that ours does not keep.
+    unties: whether the LLM's head and its embeddings, which may be one in theirs, are two in ours.
     """
 
     model: str
     connector: str
     config: Callable[[Any], dict[str, Any]]
     rules: Callable[[Any], Sequence[Rule]]
-    translate: Callable[[dict[str, Any]], None] = _as_they_are
+    translate: Callable[[dict[str, Any], VisionLanguageConfig], None] = _as_they_are
     back: Callable[[VisionLanguageConfig], Mapping[str, Any]] | None = None
+    unties: bool = False
 
 
 def expect(found: Any, expected: Any, what: str) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 
 from vlmzoo import build
 from vlmzoo.connector import connectors
-from vlmzoo.interop import blip, idefics3, internvl, janus, llava, mistral3
+from vlmzoo.interop import aria, blip, gemma, idefics3, internvl, janus, llava, mistral3, ovis2
 from vlmzoo.interop.architecture import Architecture, UnsupportedError
 from vlmzoo.interop.weights import to_ours, to_theirs
 from vlmzoo.model import VisionLanguageConfig, VisionLanguageModel
@@ -23,16 +23,20 @@ from vlmzoo.registry import unknown
 ARCHITECTURES: dict[str, Architecture] = {
     architecture.model: architecture
     for architecture in (
+        aria.ARIA,
         llava.LLAVA,
         llava.VIP_LLAVA,
         blip.BLIP_2,
         blip.INSTRUCT_BLIP,
+        gemma.GEMMA_3,
+        gemma.PALIGEMMA,
         idefics3.IDEFICS_2,
         idefics3.IDEFICS_3,
         idefics3.SMOLVLM,
         internvl.INTERNVL,
         janus.JANUS,
         mistral3.MISTRAL_3,
+        ovis2.OVIS_2,
     )
 }
 """By the names of transformers' classes."""
@@ -57,7 +61,7 @@ class ImportedModel(VisionLanguageModel):
     def take_images(self, kwargs: dict[str, Any], pixel_values: Tensor | None) -> dict[str, Any]:
         if pixel_values is not None:
             kwargs["pixel_values"] = pixel_values
-        ARCHITECTURES[self.config.source].translate(kwargs)
+        ARCHITECTURES[self.config.source].translate(kwargs, self.config)
         return super().take_images(kwargs, kwargs.pop("pixel_values", None))
 
 
@@ -74,20 +78,18 @@ def from_hf(model: PreTrainedModel) -> ImportedModel:
         values = architecture.config(model.config)
     except UnsupportedError as error:
         raise ValueError(f"{architecture.model}: {error}") from None
-    output, input_embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = output is not None and output.weight is input_embeddings.weight
+    output, words = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = output is not None and output.weight is words.weight and not architecture.unties
     build.load_connectors()
-    config = ImportedConfig(
-        source=architecture.model,
-        vision_config=model.config.vision_config,
-        text_config=_with_ties(model.config.get_text_config(), tied),
-        image_token_id=model.config.image_token_id,
-        **{
-            **values,
-            "connector": architecture.connector,
-            "connector_options": connectors.resolve(architecture.connector, values.get("connector_options", {})),
-        },
-    )
+    given = {
+        "vision_config": model.config.vision_config,
+        "text_config": _with_ties(model.config.get_text_config(), tied),
+        "image_token_id": model.config.image_token_id,
+        **values,
+        "connector": architecture.connector,
+        "connector_options": connectors.resolve(architecture.connector, values.get("connector_options", {})),
+    }
+    config = ImportedConfig(source=architecture.model, **given)
     weights = dict(model.named_parameters()) | dict(_persistent_buffers(model))
     try:
         renamed = to_ours(weights, architecture.rules(model.config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,18 +32,29 @@ PERCEIVER = [
 ]
 
 
-def _crops(inputs: dict[str, Any]) -> None:
-    """Images (batch, images, 3, height, width) one behind the other, without those of zeros that fill the batch up."""
+def _whole_patches(inputs: dict[str, Any], config: VisionLanguageConfig) -> None:
+    """Images (batch, images, 3, height, width) one behind the other, without those of zeros that fill the batch up.
+
+    A patch is real where all of it is.
+    """
     pixels, mask = inputs.pop("pixel_values", None), inputs.pop("pixel_attention_mask", None)
     if pixels is None:
         return
     real = (pixels != 0).flatten(2).any(-1).flatten()
     inputs["pixel_values"] = pixels.flatten(0, 1)[real]
     if mask is not None:
-        inputs["crop_sizes"] = _sizes(mask.flatten(0, 1)[real].bool())
+        inputs["crop_sizes"] = sizes_of(mask.flatten(0, 1)[real].bool())
 
 
-def _sizes(mask: Tensor) -> Tensor:
+def _partial_patches(inputs: dict[str, Any], config: VisionLanguageConfig) -> None:
+    """The same, but a patch is real where any of it is."""
+    _whole_patches(inputs, config)
+    if "crop_sizes" in inputs:
+        full = inputs["pixel_values"].shape[-2:]
+        inputs["crop_sizes"] = rounded_up(inputs["crop_sizes"], full, config.vision_config.patch_size)
+
+
+def sizes_of(mask: Tensor) -> Tensor:
     """Height and width (crops, 2) of what a mask (crops, height, width) shows, which begins at the top left.
 
     Raises:
@@ -54,6 +66,12 @@ def _sizes(mask: Tensor) -> Tensor:
     if not torch.equal(mask, rows[:, :, None] & columns[:, None]):
         raise ValueError("pixel_attention_mask shows something else than a rectangle from the top left of each image")
     return torch.stack([height, width], 1)
+
+
+def rounded_up(sizes: Tensor, full: Sequence[int], patch: int) -> Tensor:
+    """Sizes (crops, 2) up to whole patches, within those of the padded crops."""
+    most = torch.tensor([side // patch * patch for side in full], device=sizes.device)
+    return torch.minimum(-(-sizes // patch) * patch, most)
 
 
 def _idefics3(config: Any) -> dict[str, Any]:
@@ -121,11 +139,16 @@ def _idefics2_back(config: VisionLanguageConfig) -> dict[str, Any]:
 
 
 IDEFICS_2 = Architecture(
-    "Idefics2ForConditionalGeneration", "idefics2", _idefics2, _idefics2_rules, _crops, _idefics2_back
+    "Idefics2ForConditionalGeneration", "idefics2", _idefics2, _idefics2_rules, _whole_patches, _idefics2_back
 )
 IDEFICS_3 = Architecture(
-    "Idefics3ForConditionalGeneration", "idefics3", _idefics3, _idefics3_rules, _crops, _back("idefics3_vision")
+    "Idefics3ForConditionalGeneration",
+    "idefics3",
+    _idefics3,
+    _idefics3_rules,
+    _partial_patches,
+    _back("idefics3_vision"),
 )
 SMOLVLM = Architecture(
-    "SmolVLMForConditionalGeneration", "idefics3", _idefics3, _idefics3_rules, _crops, _back("smolvlm_vision")
+    "SmolVLMForConditionalGeneration", "idefics3", _idefics3, _idefics3_rules, _partial_patches, _back("smolvlm_vision")
 )
