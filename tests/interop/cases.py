@@ -335,7 +335,9 @@ CASES: dict[str, Case] = {
     "internvl": Case(
         "InternVLForConditionalGeneration",
         {
-            "vision_config": typed(CLIP, "internvl_vision", image_size=[SIZE, SIZE], patch_size=[PATCH, PATCH]),
+            "vision_config": typed(
+                CLIP, "internvl_vision", image_size=[SIZE, SIZE], patch_size=[PATCH, PATCH], use_mean_pooling=False
+            ),
             "text_config": QWEN2,
             "downsample_ratio": 0.5,
         },

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +89,8 @@ def from_hf(model: PreTrainedModel) -> ImportedModel:
         "connector_options": connectors.resolve(architecture.connector, values.get("connector_options", {})),
     }
     config = ImportedConfig(source=architecture.model, **given)
-    weights = dict(model.named_parameters()) | dict(_persistent_buffers(model))
     try:
-        renamed = to_ours(weights, architecture.rules(model.config))
+        renamed = to_ours(_weights(model), architecture.rules(model.config))
         imported = _filled(ImportedModel, config, renamed, model.dtype)
     except ValueError as error:
         raise ValueError(f"{architecture.model}: {error}") from None
@@ -103,11 +101,19 @@ def from_hf(model: PreTrainedModel) -> ImportedModel:
 def to_hf(model: VisionLanguageModel) -> PreTrainedModel:
     """A stock model of transformers with the same weights and answers.
 
+    Where `<image>` has an id beyond the LLM's vocabulary, that grows to hold it.
+
     Raises:
         ValueError: no class of transformers has these parts; the message says what each candidate lacks.
     """
     config = model.config
     candidates = [item for item in ARCHITECTURES.values() if item.connector == config.connector and item.back]
+    vocab_size = max(config.text_config.vocab_size, config.image_token_id + 1)
+    weights = _weights(model)
+    words = [part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
+    for name, value in weights.items():
+        if any(value is other for other in words):
+            weights[name] = _grown(value, vocab_size)
     reasons = []
     for architecture in candidates:
         assert architecture.back is not None
@@ -115,12 +121,11 @@ def to_hf(model: VisionLanguageModel) -> PreTrainedModel:
         try:
             values = {
                 "vision_config": config.vision_config.to_dict(),
-                "text_config": config.text_config.to_dict(),
+                "text_config": {**config.text_config.to_dict(), "vocab_size": vocab_size},
                 "image_token_id": config.image_token_id,
                 "tie_word_embeddings": config.text_config.tie_word_embeddings,
                 **architecture.back(config),
             }
-            weights = dict(model.named_parameters()) | dict(_persistent_buffers(model))
             their_config = theirs.config_class(**values)
             exported = _filled(theirs, their_config, to_theirs(weights, architecture.rules(their_config)), model.dtype)
         except UnsupportedError as error:
@@ -200,9 +205,16 @@ def _with_ties(config: Any, tied: bool) -> Any:
     return config
 
 
-def _persistent_buffers(model: PreTrainedModel) -> Sequence[tuple[str, Tensor]]:
+def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Parameters, tied ones once, and the buffers that are saved."""
     kept = set(model.state_dict())
-    return [(name, buffer) for name, buffer in model.named_buffers() if name in kept]
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    return dict(model.named_parameters()) | buffers
+
+
+def _grown(rows: Tensor, count: int) -> Tensor:
+    """Words (count, dim), new ones the mean of the others: such a word's logit is never the largest."""
+    return torch.cat([rows, rows.mean(0, keepdim=True).expand(count - len(rows), -1)]).detach()
 
 
 AutoConfig.register("vlmzoo_imported", ImportedConfig)
