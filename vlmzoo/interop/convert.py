@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 
 from vlmzoo import build
 from vlmzoo.connector import connectors
-from vlmzoo.interop import aria, blip, gemma, idefics3, internvl, janus, llava, mistral3, ovis2
+from vlmzoo.interop import aria, blip, gemma, idefics3, internvl, janus, llava, mistral3, original, ovis2
 from vlmzoo.interop.architecture import Architecture, UnsupportedError
-from vlmzoo.interop.weights import to_ours, to_theirs
+from vlmzoo.interop.weights import filled, refuse_faults, to_ours, to_theirs
 from vlmzoo.model import VisionLanguageConfig, VisionLanguageModel
 from vlmzoo.registry import unknown
 
@@ -91,7 +91,7 @@ def from_hf(model: PreTrainedModel) -> ImportedModel:
     config = ImportedConfig(source=architecture.model, **given)
     try:
         renamed = to_ours(_weights(model), architecture.rules(model.config))
-        imported = _filled(ImportedModel, config, renamed, model.dtype)
+        imported = filled(ImportedModel, config, renamed, model.dtype)
     except ValueError as error:
         raise ValueError(f"{architecture.model}: {error}") from None
     imported.generation_config = copy.deepcopy(model.generation_config)
@@ -127,7 +127,7 @@ def to_hf(model: VisionLanguageModel) -> PreTrainedModel:
                 **architecture.back(config),
             }
             their_config = theirs.config_class(**values)
-            exported = _filled(theirs, their_config, to_theirs(weights, architecture.rules(their_config)), model.dtype)
+            exported = filled(theirs, their_config, to_theirs(weights, architecture.rules(their_config)), model.dtype)
         except UnsupportedError as error:
             reasons.append(f"{architecture.model}: {error}")
             continue
@@ -139,13 +139,24 @@ def to_hf(model: VisionLanguageModel) -> PreTrainedModel:
     raise ValueError(f"connector {config.connector!r} cannot be exported: {'; '.join(reasons)}")
 
 
-def load(path: str | Path, *, dtype: torch.dtype | None = None) -> VisionLanguageModel:
-    """A model from a checkpoint, ours or transformers', by directory or hub id. Weights come from safetensors alone.
+def load(
+    path: str | Path, *, base: str | None = None, encoder: str | None = None, dtype: torch.dtype | None = None
+) -> VisionLanguageModel:
+    """A model from a checkpoint, ours, transformers' or LLaVA's own, by directory or hub id.
+
+    Weights come from safetensors; those that LLaVA's own code pickled are read as tensors and nothing else.
+
+    Args:
+        base, encoder: names of the LLM and the encoder for those of LLaVA's own checkpoints that hold none.
+        dtype: None: the checkpoint's own.
 
     Raises:
         ValueError: nothing there, an architecture that is not known, or weights missing, left over or misshapen.
     """
     source = str(path)
+    values, _ = build.read(PreTrainedConfig.get_config_dict, source, "model")
+    if original.is_original(values):
+        return original.load_original(source, values, base=base, encoder=encoder, dtype=dtype)
     config = build.read(AutoConfig.from_pretrained, source, "model")
     if isinstance(config, VisionLanguageConfig):
         kind: Any = ImportedModel if isinstance(config, ImportedConfig) else VisionLanguageModel
@@ -154,7 +165,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> VisionLanguag
         named = list(getattr(config, "architectures", None) or [])
         _architecture(named[0] if named else config.model_type)
         model, found = _pretrained(AutoModelForImageTextToText, source, dtype)
-    _refuse_faults(found, f"model {source}: ")
+    refuse_faults(found, f"model {source}: ")
     return model if isinstance(model, VisionLanguageModel) else from_hf(model)
 
 
@@ -168,35 +179,6 @@ def _pretrained(kind: Any, source: str, dtype: torch.dtype | None) -> tuple[PreT
     options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     with build.quiet_transformers():
         return build.read(kind.from_pretrained, source, "model", dtype=dtype or "auto", **options)
-
-
-def _filled(kind: Any, config: PreTrainedConfig, weights: dict[str, Tensor], dtype: torch.dtype) -> Any:
-    """A model of this class with these weights.
-
-    Raises:
-        ValueError: weights are missing, left over or misshapen.
-    """
-    with build.quiet_transformers():
-        model, found = kind.from_pretrained(
-            None,
-            config=config,
-            state_dict={name: value.detach() for name, value in weights.items()},
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    _refuse_faults(found)
-    return model
-
-
-def _refuse_faults(found: dict[str, Any], where: str = "") -> None:
-    for kind, said in (
-        ("missing_keys", "are missing"),
-        ("unexpected_keys", "have no place"),
-        ("mismatched_keys", "do not fit its configuration"),
-    ):
-        if names := sorted(item if isinstance(item, str) else item[0] for item in found[kind]):
-            raise ValueError(f"{where}{len(names)} weights {said}, {names[0]} first")
 
 
 def _with_ties(config: Any, tied: bool) -> Any:

@@ -1,4 +1,4 @@
-"""Names of weights in transformers' models and in ours, in both directions.
+"""Weights in transformers' models and in ours, in both directions.
 
 In a pattern `*` stands for a number and `**`, at its end, for the rest of a name.
 """
@@ -9,9 +9,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
+
+from vlmzoo import build
 
 Tensors = tuple[Tensor, ...]
 
@@ -108,3 +112,33 @@ def _pattern(text: str) -> re.Pattern[str]:
 def _filled(text: str, groups: Sequence[str]) -> str:
     values = iter(groups)
     return re.sub(r"\*\*|\*", lambda _: next(values), text)
+
+
+def filled(kind: Any, config: PreTrainedConfig, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
+    """A model of this class with these weights.
+
+    Raises:
+        ValueError: weights are missing, left over or misshapen.
+    """
+    with build.quiet_transformers():
+        model, found = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict={name: value.detach() for name, value in weights.items()},
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    refuse_faults(found)
+    return model
+
+
+def refuse_faults(found: Mapping[str, Any], where: str = "") -> None:
+    """Raises a ValueError for what transformers says it did not find, could not place or had to leave out."""
+    for kind, said in (
+        ("missing_keys", "are missing"),
+        ("unexpected_keys", "have no place"),
+        ("mismatched_keys", "do not fit its configuration"),
+    ):
+        if names := sorted(item if isinstance(item, str) else item[0] for item in found[kind]):
+            raise ValueError(f"{where}{len(names)} weights {said}, {names[0]} first")
