@@ -102,7 +102,7 @@ def _ours(error: ValueError) -> bool:
 
 
 def _overview() -> str:
-    lines = [f"  {name:<8} {command.summary}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: vlmzoo COMMAND ...",
@@ -177,6 +177,22 @@ def _train(parser: argparse.ArgumentParser) -> None:
     _plugin(parser)
 
 
+def _transplant(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="a vision-language model: a directory or a hub id")
+    parser.add_argument("--connector", metavar="NAME", required=True, help="the new connector")
+    parser.add_argument("--data", metavar="FILE", type=Path, required=True, help="captions to align it on: LLaVA JSON")
+    parser.add_argument("--images", metavar="DIR", type=Path, help="their images (default: images/ beside FILE)")
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, required=True, help="its directory; model/ in it is the result"
+    )
+    parser.add_argument("--base", metavar="LLM", help="the LLM, for LLaVA's own checkpoints that hold none")
+    parser.add_argument(
+        "--encoder", metavar="NAME", help="the encoder, for LLaVA's own checkpoints (default: named there)"
+    )
+    _overrides(parser, "keys of the run to change, such as stages.align.epochs=0.5 or connector.options.num_queries=64")
+    _plugin(parser)
+
+
 def _eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a run's directory, or the model/ in it")
     parser.add_argument("--task", metavar="NAME", action="append", required=True, help="`world`, or a task of the run")
@@ -222,6 +238,12 @@ COMMANDS = {
         "train and evaluate one run; the same command again continues",
         "vlmzoo train experiments/quick.yaml connector=linear --out runs/linear",
         _train,
+    ),
+    "transplant": Command(
+        commands.transplant,
+        "put another connector between the encoder and the LLM of a trained model, and align it",
+        "vlmzoo transplant llava-hf/llava-1.5-7b-hf --connector qformer --data captions.json --out runs/transplant",
+        _transplant,
     ),
     "eval": Command(commands.evaluate, "evaluate a trained model", "vlmzoo eval runs/quick --task world", _eval),
     "sweep": Command(

@@ -95,6 +95,24 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
+def transplant(args: argparse.Namespace) -> int:
+    from vlmzoo import build
+    from vlmzoo.config import RunConfig, load
+    from vlmzoo.sweeps.table import duration
+    from vlmzoo.sweeps.transplant import transplant
+    from vlmzoo.sweeps.trial import run_trial
+
+    build.load_connectors(args.plugin)
+    file = transplant(
+        args.source, args.connector, args.data, args.out, images=args.images, base=args.base, encoder=args.encoder
+    )
+    result = run_trial(load(RunConfig, file, args.overrides), args.out, args.out / "features")
+    for stage, loss in result["final_loss"].items():
+        print(f"{stage}: loss {loss:.3f}")
+    print(f"{args.out / 'model'}: {result['connector']}, {duration(result['seconds'])}")
+    return 0
+
+
 def evaluate(args: argparse.Namespace) -> int:
     from vlmzoo import build
     from vlmzoo.sweeps.checkpoint import evaluate_checkpoint

@@ -166,6 +166,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             vision_layer=encoder_config.layer,
             image_size=encoder_config.image_size,
             image_token_id=text.vocab_size if image_token_id is None else image_token_id,
+            bidirectional=getattr(llm.config, "bidirectional", None),  # of a model that this LLM was taken from
         )
         if not isinstance(connector, Connector):
             named = parse(ConnectorConfig, connector) if isinstance(connector, str | dict) else connector

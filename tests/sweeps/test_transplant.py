@@ -1,0 +1,84 @@
+"""A trained model's encoder and LLM with another connector, in one command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import CLIPVisionModel, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+
+import vlmzoo
+from tests.checkpoints import tokenizer, write_data, write_models
+from vlmzoo.cli import main
+from vlmzoo.model import VisionLanguageModel
+from vlmzoo.processor import VisionLanguageProcessor
+
+OPTIONS = ["connector.options.num_queries=4", "connector.options.num_layers=2", "connector.options.hidden_size=16"]
+SHORT = [*OPTIONS, "connector.options.num_heads=2", "stages.align.batch_size=4"]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A LLaVA as transformers saves it, with its tokenizer and image processor, and captions beside it."""
+    models = write_models(tmp_path / "models")
+    write_data(tmp_path)
+    vision = CLIPVisionModel.from_pretrained(models / "clip")
+    language = LlamaForCausalLM.from_pretrained(models / "llama")
+    words = tokenizer()
+    words.add_special_tokens({"extra_special_tokens": ["<image>"]})
+    config = LlavaConfig(
+        vision_config=vision.config, text_config=language.config, image_token_id=words.get_vocab()["<image>"]
+    )
+    theirs = LlavaForConditionalGeneration(config)
+    theirs.model.vision_tower.load_state_dict(vision.state_dict())
+    theirs.save_pretrained(tmp_path / "llava")
+    words.save_pretrained(tmp_path / "llava")
+    (tmp_path / "llava" / "preprocessor_config.json").write_bytes(
+        (models / "clip" / "preprocessor_config.json").read_bytes()
+    )
+    return tmp_path / "llava"
+
+
+def command(source: Path, connector: str = "qformer") -> list[str]:
+    data, out = str(source.parent / "captions.json"), str(source.parent / "out")
+    return ["transplant", str(source), "--connector", connector, "--data", data, "--out", out]
+
+
+def test_encoder_and_llm_stay_and_the_new_connector_learns(
+    source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main([*command(source), *SHORT, "stages.align.epochs=2"]) == 0
+    out = source.parent / "out"
+    assert f"{out / 'model'}: qformer" in capsys.readouterr().out
+    before, after = vlmzoo.load(source), VisionLanguageModel.from_pretrained(out / "model")
+    for part in ("vision", "language"):
+        old, new = getattr(before, part).state_dict(), getattr(after, part).state_dict()
+        assert old.keys() == new.keys()
+        assert all(torch.equal(new[name], value) for name, value in old.items())
+    assert after.config.connector == "qformer"
+    assert after.config.image_token_id == before.config.image_token_id
+    assert VisionLanguageProcessor.from_pretrained(out / "model").layouts.image_size == 24
+    losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 16
+    assert sum(losses[-4:]) < sum(losses[:4])
+    run = yaml.safe_load((out / "transplant.yaml").read_text())
+    assert run["encoder"]["layer"] == -2
+    assert run["stages"]["align"]["batch_size"] == 256
+
+    monkeypatch.setattr("vlmzoo.sweeps.transplant.load", None)  # once more computes and writes nothing
+    assert main([*command(source), *SHORT, "stages.align.epochs=2"]) == 0
+
+
+def test_mistakes_are_one_line(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(source, "qformr")) == 2
+    assert "did you mean 'qformer'?" in capsys.readouterr().err
+    assert not (source.parent / "out").exists()
+    (source / "preprocessor_config.json").unlink()
+    assert main(command(source)) == 2
+    assert "image processor" in capsys.readouterr().err
+    (source / "model.safetensors").unlink()
+    assert main(command(source)) == 2
+    assert capsys.readouterr().err.count("\n") == 1
