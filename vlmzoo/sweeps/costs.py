@@ -22,6 +22,7 @@ from vlmzoo.connector import (
     TextSpec,
     VisionSpec,
     VisualInput,
+    VisualTokens,
 )
 
 GRID: Grid = (24, 24)  # 336 pixels in patches of 14
@@ -40,8 +41,28 @@ class Cost:
     activation_bytes: int  # kept for the backward pass
 
 
-def cost(name: str, vision_dim: int, text_dim: int, options: Mapping[str, Any] | None = None) -> Cost:
-    """The cost of a registered connector between a ViT of `vision_dim` and a Llama of `text_dim`.
+@dataclass(frozen=True)
+class Unweighted:
+    """A connector without weights, and what it gets: one image, and the LLM's hidden states (1, `TEXT_LENGTH`, dim)."""
+
+    connector: Connector
+    visual: VisualInput
+    hidden: Tensor
+
+    def run(self) -> tuple[VisualTokens, Tensor]:
+        """What the connector makes of the image, and the hidden states behind all its layers inside the LLM."""
+        found, hidden = self.connector(self.visual), self.hidden
+        seen = torch.zeros(hidden.shape[:2], dtype=torch.long, device="meta")
+        memory = None if found.memory is None else found.memory[:, None]
+        memory_mask = None if found.memory_mask is None else found.memory_mask[:, None]
+        for layers in self.connector.llm_layers().values():
+            for layer in layers:
+                hidden = layer(hidden, LayerContext(memory, memory_mask, seen))
+        return found, hidden
+
+
+def unweighted(name: str, vision_dim: int, text_dim: int, options: Mapping[str, Any] | None = None) -> Unweighted:
+    """A registered connector between a ViT of `vision_dim` and a Llama of `text_dim`, on the meta device.
 
     Both are as CLIP-L and Llama-7B in all else: 24 and 32 layers, heads of 64 and 128 channels.
 
@@ -57,6 +78,17 @@ def cost(name: str, vision_dim: int, text_dim: int, options: Mapping[str, Any] |
         connector = build.connector(name, resolved, vision=vision, text=text).eval().bfloat16()
         visual = _image(connector, vision, text)
         hidden = torch.zeros(1, TEXT_LENGTH, text_dim, dtype=torch.bfloat16)
+    return Unweighted(connector, visual, hidden)
+
+
+def cost(name: str, vision_dim: int, text_dim: int, options: Mapping[str, Any] | None = None) -> Cost:
+    """What `unweighted` costs.
+
+    Raises:
+        ValueError: what `unweighted` raises.
+    """
+    parts = unweighted(name, vision_dim, text_dim, options)
+    connector = parts.connector
     weights = {_storage(parameter) for parameter in connector.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -66,16 +98,10 @@ def cost(name: str, vision_dim: int, text_dim: int, options: Mapping[str, Any] |
         return tensor
 
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda same: same):
-        found = connector(visual)
-        seen = torch.zeros(hidden.shape[:2], dtype=torch.long, device="meta")
-        memory = None if found.memory is None else found.memory[:, None]
-        memory_mask = None if found.memory_mask is None else found.memory_mask[:, None]
-        for layers in connector.llm_layers().values():
-            for layer in layers:
-                hidden = layer(hidden, LayerContext(memory, memory_mask, seen))
+        parts.run()
     parameters = sum(parameter.numel() for parameter in connector.parameters())
     return Cost(
-        tokens=connector.num_tokens(visual.layouts[0]),
+        tokens=connector.num_tokens(parts.visual.layouts[0]),
         parameters=parameters,
         flops=counter.get_total_flops(),
         weight_bytes=BYTES * parameters,
