@@ -29,6 +29,7 @@ from vlmzoo.connector import (
     VisualInput,
 )
 from vlmzoo.language.layers import ARGUMENT, InLLMCall, attach, check_reached
+from vlmzoo.language.positions import grid_offsets, has_axes, on_grids, token_grids
 from vlmzoo.splice import VisualContext, arrange, assign_images, gather_slots, hide_unfilled, positions, splice
 from vlmzoo.vision.encoder import VisionEncoder
 
@@ -268,7 +269,12 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             layouts=tuple(layouts),
             instruction=instruction,
         )
-        return arrange(self.connector(visual), samples, slots)
+        context = arrange(self.connector(visual), samples, slots)
+        if has_axes(self.language.config):
+            grids = [token_grids(self.connector, layout) for layout in layouts]
+            by_sample = [[grid for image in images for grid in grids[image]] for images in samples]
+            context.offsets = grid_offsets(by_sample).to(device)
+        return context
 
     def take_images(self, kwargs: dict[str, Any], pixel_values: Tensor | None) -> dict[str, Any]:
         """The images' inputs, taken out of a call's keywords; none where no image is passed."""
@@ -305,6 +311,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         images = self.take_images(kwargs, pixel_values)
         if visual is None and images:
             visual = self.encode_images(input_ids, **images)
+        cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         is_image = input_ids == self.config.image_token_id
         embeds = self.language.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
         if visual is None:
@@ -315,7 +322,6 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         else:
             slot = visual.slot_of_token(is_image)
             embeds, unfilled = splice(embeds, visual, is_image, slot)
-            cached = past_key_values.get_seq_length() if past_key_values is not None else 0
             attention_mask = hide_unfilled(attention_mask, unfilled, cached, visual)
             if visual.unfilled_prompt is not None and visual.unfilled_prompt.any():
                 position_ids = None  # counted anew below, without the hidden slots
@@ -324,6 +330,11 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             kwargs[ARGUMENT] = call
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = positions(attention_mask, input_ids.shape[1])
+        if visual is not None and visual.offsets is not None:
+            if position_ids is None:
+                position_ids = torch.arange(cached, cached + input_ids.shape[1], device=input_ids.device)[None]
+            if position_ids.dim() == 2:
+                position_ids = on_grids(position_ids, visual.offsets, visual.slot_of_token(is_image), is_image)
         columns = None
         if labels is not None:
             use_cache = bool(use_cache)  # a cache is the LLM's default, and of no use in training
