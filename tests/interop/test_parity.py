@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.connectors.parts import distance
-from tests.interop.cases import CASES
+from tests.interop.cases import CASES, IMAGE
 from vlmzoo.interop import from_hf, load, to_hf
 
 TOLERANCE = 1e-4
@@ -36,7 +36,7 @@ def test_the_same_logits_and_tokens(name: str) -> None:
     assert distance(logits(ours, inputs), expected) <= TOLERANCE
     moved = {**inputs, "pixel_values": inputs["pixel_values"].roll(1, -1)}
     assert distance(logits(ours, moved), expected) > 10 * TOLERANCE, "the images matter"
-    options = {"max_new_tokens": NEW, "do_sample": False}
+    options = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": [IMAGE]}  # which ours never says
     wanted = theirs.generate(**inputs, **options)[:, -NEW:]
     assert torch.equal(ours.generate(**inputs, **options)[:, -NEW:], wanted)
 

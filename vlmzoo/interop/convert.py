@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 
 from vlmzoo import build
 from vlmzoo.connector import connectors
-from vlmzoo.interop import blip, idefics3, internvl, janus, llava, mistral3
+from vlmzoo.interop import blip, idefics3, internvl, janus, llava, mistral3, qwen
 from vlmzoo.interop.architecture import Architecture, UnsupportedError
 from vlmzoo.interop.weights import to_ours, to_theirs
 from vlmzoo.model import VisionLanguageConfig, VisionLanguageModel
@@ -33,6 +33,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         internvl.INTERNVL,
         janus.JANUS,
         mistral3.MISTRAL_3,
+        qwen.QWEN2_VL,
+        qwen.QWEN2_5_VL,
+        qwen.QWEN3_VL,
     )
 }
 """By the names of transformers' classes."""
@@ -57,7 +60,7 @@ class ImportedModel(VisionLanguageModel):
     def take_images(self, kwargs: dict[str, Any], pixel_values: Tensor | None) -> dict[str, Any]:
         if pixel_values is not None:
             kwargs["pixel_values"] = pixel_values
-        ARCHITECTURES[self.config.source].translate(kwargs)
+        ARCHITECTURES[self.config.source].translate(kwargs, self.config)
         return super().take_images(kwargs, kwargs.pop("pixel_values", None))
 
 
