@@ -66,7 +66,7 @@ class VisionLanguageConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         text_config = _config(text_config, "llama")
-        kwargs.setdefault("tie_word_embeddings", text_config.tie_word_embeddings)
+        kwargs.setdefault("tie_word_embeddings", getattr(text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)  # before the halves are there, whose attention it would reset
         self.vision_config = _config(vision_config, "clip_vision_model")
         self.text_config = text_config
