@@ -118,7 +118,7 @@ def to_hf(model: VisionLanguageModel) -> PreTrainedModel:
                 "vision_config": config.vision_config.to_dict(),
                 "text_config": config.text_config.to_dict(),
                 "image_token_id": config.image_token_id,
-                "tie_word_embeddings": config.text_config.tie_word_embeddings,
+                "tie_word_embeddings": config.tie_word_embeddings,
                 **architecture.back(config),
             }
             weights = dict(model.named_parameters()) | dict(_persistent_buffers(model))

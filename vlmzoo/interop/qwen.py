@@ -10,6 +10,7 @@ from torch import Tensor
 from vlmzoo.connector import NORMED
 from vlmzoo.interop.architecture import Architecture, UnsupportedError, expect
 from vlmzoo.interop.weights import Rule, same
+from vlmzoo.language.positions import has_axes
 from vlmzoo.model import VisionLanguageConfig
 from vlmzoo.vision.blocks import to_crop
 
@@ -36,10 +37,14 @@ def _crops(inputs: dict[str, Any], config: VisionLanguageConfig) -> None:
     if sizes is None:
         raise ValueError("pixel_values are patches, expected image_grid_thw with them")
     vision: Any = config.vision_config
+    merge = vision.spatial_merge_size
     grids = [(height, width) for _, height, width in sizes.tolist()]
     counts = [height * width for height, width in grids]
-    if sum(counts) != len(patches) or (sizes[:, 0] != 1).any():
-        raise ValueError(f"image_grid_thw {sizes.tolist()} is not of images of {len(patches)} patches in all")
+    if sum(counts) != len(patches) or (sizes[:, 0] != 1).any() or (sizes[:, 1:] % merge).any():
+        raise ValueError(
+            f"image_grid_thw is {sizes.tolist()}, expected grids of images (1, height, width) with {len(patches)} "
+            f"patches in all, filled by blocks of {merge} x {merge}"
+        )
     crops = [to_crop(vision, part, grid) for part, grid in zip(patches.split(counts), grids, strict=True)]
     inputs["crop_sizes"] = sizes[:, 1:] * vision.patch_size
     inputs["pixel_values"] = _padded(crops)
@@ -54,14 +59,15 @@ def _padded(crops: list[Tensor]) -> Tensor:
     return padded
 
 
-def _read(config: Any) -> None:
-    if "mrope_section" not in config.text_config.rope_parameters:
+def _expect_axes(config: Any) -> None:
+    """Without it theirs falls back on sections of its class, and ours takes the LLM for one of text alone."""
+    if not has_axes(config.text_config):
         raise UnsupportedError("text_config.rope_parameters has no mrope_section")
 
 
 def _config(norm: str) -> Callable[[Any], dict[str, Any]]:
     def read(config: Any) -> dict[str, Any]:
-        _read(config)
+        _expect_axes(config)
         options = {"factor": config.vision_config.spatial_merge_size, "norm": norm}
         return {"vision_layer": -1, "connector_options": options}
 
@@ -102,7 +108,7 @@ def _back(kind: str, norm: str, width: str) -> Callable[[VisionLanguageConfig], 
 
 
 def _qwen3(config: Any) -> dict[str, Any]:
-    _read(config)
+    _expect_axes(config)
     depths = list(config.vision_config.deepstack_visual_indexes)
     expect(depths, sorted(set(depths)), "vision_config.deepstack_visual_indexes")
     options = {
