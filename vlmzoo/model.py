@@ -30,6 +30,7 @@ from vlmzoo.connector import (
 )
 from vlmzoo.language.layers import ARGUMENT, InLLMCall, attach, check_reached
 from vlmzoo.language.masks import block_masks, prefix_blocks
+from vlmzoo.language.positions import grid_offsets, has_axes, on_grids, token_grids
 from vlmzoo.splice import VisualContext, arrange, assign_images, gather_slots, hide_unfilled, positions, splice
 from vlmzoo.vision.encoder import VisionEncoder
 
@@ -67,7 +68,7 @@ class VisionLanguageConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         text_config = _config(text_config, "llama")
-        kwargs.setdefault("tie_word_embeddings", text_config.tie_word_embeddings)
+        kwargs.setdefault("tie_word_embeddings", getattr(text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)  # before the halves are there, whose attention it would reset
         self.vision_config = _config(vision_config, "clip_vision_model")
         self.text_config = text_config
@@ -272,7 +273,12 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             layouts=tuple(layouts),
             instruction=instruction,
         )
-        return arrange(self.connector(visual), samples, slots)
+        context = arrange(self.connector(visual), samples, slots)
+        if has_axes(self.language.config):
+            grids = [token_grids(self.connector, layout) for layout in layouts]
+            by_sample = [[grid for image in images for grid in grids[image]] for images in samples]
+            context.offsets = grid_offsets(by_sample).to(device)
+        return context
 
     def take_images(self, kwargs: dict[str, Any], pixel_values: Tensor | None) -> dict[str, Any]:
         """The images' inputs, taken out of a call's keywords; none where no image is passed."""
@@ -312,6 +318,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         if visual is None and images:
             visual = self.encode_images(input_ids, **images)
         blocks = kwargs.pop("blocks", blocks)  # where `take_images` made them
+        cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         is_image = input_ids == self.config.image_token_id
         embeds = self.language.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
         if visual is None:
@@ -322,7 +329,6 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         else:
             slot = visual.slot_of_token(is_image)
             embeds, unfilled = splice(embeds, visual, is_image, slot)
-            cached = past_key_values.get_seq_length() if past_key_values is not None else 0
             attention_mask = hide_unfilled(attention_mask, unfilled, cached, visual)
             if visual.unfilled_prompt is not None and visual.unfilled_prompt.any():
                 position_ids = None  # counted anew below, without the hidden slots
@@ -332,7 +338,12 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             kwargs[ARGUMENT] = call
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = positions(attention_mask, input_ids.shape[1])
-        if past_key_values is None or past_key_values.get_seq_length() == 0:  # what is decoded follows one by one
+        if visual is not None and visual.offsets is not None:
+            if position_ids is None:
+                position_ids = torch.arange(cached, cached + input_ids.shape[1], device=input_ids.device)[None]
+            if position_ids.dim() == 2:
+                position_ids = on_grids(position_ids, visual.offsets, visual.slot_of_token(is_image), is_image)
+        if cached == 0:  # what is decoded follows one by one
             if blocks is None and self.config.bidirectional == "prefix":
                 blocks = prefix_blocks(input_ids, labels, IGNORE)
             elif blocks is None and self.config.bidirectional == "image":

@@ -21,6 +21,7 @@ class VisualContext:
     image_of_slot: Tensor  # (batch, slots), index of the slot's image within its sample
     num_slots: Tensor  # (batch,)
     additions: dict[int, Tensor] = field(default_factory=dict)  # layer -> like `tokens`
+    offsets: Tensor | None = None  # (batch, slots, 4), where the LLM takes positions on grids
     memory: Tensor | None = None  # (batch, images, memory_tokens, memory_dim)
     memory_mask: Tensor | None = None  # (batch, images, memory_tokens)
     cache: dict[nn.Module, tuple[Tensor, Tensor]] | None = None  # keys and values of the memory, while decoding

@@ -17,6 +17,7 @@ from tests.connectors.parts import rescale
 IMAGE = 90
 SIZE, PATCH = 24, 6  # 4 x 4 patches
 SIZES = [(24, 24), (12, 24), (24, 12)]
+GRIDS = [(4, 4), (4, 6), (10, 6)]
 CLIP: dict[str, Any] = {
     "model_type": "clip_vision_model",
     "hidden_size": 24,
@@ -82,8 +83,12 @@ class Case:
         length = max(map(len, rows))
         ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-        kinds = {} if self.kinds is None else {"token_type_ids": self.kinds(ids)}
-        return {"input_ids": ids, "attention_mask": mask, **kinds, **self.images(samples)}
+        inputs = {"input_ids": ids, "attention_mask": mask, **self.images(samples)}
+        if self.kinds is not None:
+            inputs["token_type_ids"] = self.kinds(ids)
+        if "image_grid_thw" in inputs:
+            inputs["mm_token_type_ids"] = (ids == IMAGE).int()
+        return inputs
 
 
 def _text(generator: torch.Generator, count: int) -> list[int]:
@@ -140,6 +145,14 @@ def instructed(samples: Sequence[int]) -> dict[str, Any]:
     return {"pixel_values": pixels(count), "qformer_input_ids": ids * mask, "qformer_attention_mask": mask}
 
 
+def packed(samples: Sequence[int]) -> dict[str, Any]:
+    """Patches of two frames (patches, 3 · 2 · 16) of images of several sizes, in blocks of 2 x 2."""
+    grids = list(itertools.islice(itertools.cycle(GRIDS), sum(samples)))
+    count = sum(height * width for height, width in grids)
+    patches = torch.randn(count, 96, generator=torch.Generator().manual_seed(6))
+    return {"pixel_values": patches, "image_grid_thw": torch.tensor([(1, *grid) for grid in grids])}
+
+
 OPT: dict[str, Any] = {
     "model_type": "opt",
     "hidden_size": 32,
@@ -176,6 +189,18 @@ OVIS: dict[str, Any] = {
     "visual_indicator_token_ids": [91, 92, 93],
     "hidden_size": 32,
     "vocab_size": 100,
+}
+QWEN_VISION: dict[str, Any] = {
+    "depth": 3,
+    "hidden_size": 24,
+    "out_hidden_size": 32,
+    "intermediate_size": 40,
+    "num_heads": 2,
+    "patch_size": 4,
+}
+QWEN_TEXT: dict[str, Any] = {
+    **{key: value for key, value in LLAMA.items() if key != "model_type"},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 1, 1]},
 }
 VQ: dict[str, Any] = {
     "embed_dim": 8,
@@ -343,5 +368,40 @@ CASES: dict[str, Case] = {
         },
         4,
         plain,
+    ),
+    "qwen2_vl": Case(
+        "Qwen2VLForConditionalGeneration",
+        {
+            "vision_config": {
+                "depth": 3,
+                "embed_dim": 24,
+                "hidden_size": 32,
+                "num_heads": 2,
+                "mlp_ratio": 2,
+                "patch_size": 4,
+            },
+            "text_config": QWEN_TEXT,
+        },
+        [4, 6, 15],
+        packed,
+    ),
+    "qwen2_5_vl": Case(
+        "Qwen2_5_VLForConditionalGeneration",
+        {
+            "vision_config": {**QWEN_VISION, "window_size": 16, "fullatt_block_indexes": [1]},
+            "text_config": {**QWEN_TEXT, "tie_word_embeddings": True},
+            "tie_word_embeddings": True,
+        },
+        [4, 6, 15],
+        packed,
+    ),
+    "qwen3_vl": Case(
+        "Qwen3VLForConditionalGeneration",
+        {
+            "vision_config": {**QWEN_VISION, "num_position_embeddings": 25, "deepstack_visual_indexes": [0, 1]},
+            "text_config": {**QWEN_TEXT, "head_dim": 8},
+        },
+        [4, 6, 15],
+        packed,
     ),
 }

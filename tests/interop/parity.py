@@ -24,8 +24,8 @@ Made by `make docs`. Each class with a tiny configuration and weights rescaled u
 they are so small that it does not), against the model that `vlmzoo.interop.from_hf` makes of it, with our connector
 inside: the largest difference of any logit in float32 over a batch of three samples of different lengths, padded on
 the left, one of them with two images; whether {NEW} greedily decoded tokens are the same; whether `to_hf` gives the
-original back bit for bit. `tests/interop` holds all to at most {TOLERANCE:g}, and plants the faults of the last column, each of
-which must exceed it.
+original back bit for bit. `tests/interop` holds all to at most {TOLERANCE:g}, and plants the faults of the last
+column, each of which must exceed it.
 
 | class | encoder, LLM | connector | max \\|Δ logit\\| | same tokens | back | faults caught |
 |---|---|---|--:|---|---|--:|

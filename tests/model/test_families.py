@@ -12,6 +12,7 @@ from tests.tiny import CLIP, LLAMA, pixels
 from vlmzoo.connector import ImageLayout
 from vlmzoo.model import VisionLanguageModel
 
+ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 2, 2]}}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {},
@@ -23,6 +24,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 12, "sliding_window": 8},
     "gemma3_text": {"head_dim": 12, "sliding_window": 8},
     "smollm3": {},
+    "qwen2_vl_text": ROTARY,
+    "qwen2_5_vl_text": {**ROTARY, "tie_word_embeddings": True},
+    "qwen3_vl_text": {**ROTARY, "head_dim": 12},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 48, "max_position_embeddings": 128},
 }
 CONNECTORS: dict[str, Any] = {

@@ -3,12 +3,14 @@
 import pytest
 import torch
 from transformers import AutoModel, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
+from transformers.vision_utils import get_vision_window_index
 
 from tests.tiny import CLIP, LLAMA, SIGLIP, pixels
 from vlmzoo import build
 from vlmzoo.config import EncoderConfig
-from vlmzoo.connector import NORMED, FeatureRequest, ImageLayout
+from vlmzoo.connector import NORMED, FeatureRequest, ImageLayout, VisionSpec
 from vlmzoo.model import VisionLanguageModel
 from vlmzoo.vision.encoder import VisionEncoder
 
@@ -50,7 +52,15 @@ for name, kind in {
 }.items():
     OTHERS[name] = {**SMALL, "model_type": kind, "image_size": 24, "patch_size": 8, "intermediate_size": 48}
 OTHERS["pixtral"] |= {"head_dim": 16, "image_size": 48}
-MIXED = ["siglip2", "idefics2", "idefics3", "smolvlm", "pixtral"]
+QWEN = {
+    "qwen2_vl": {"model_type": "qwen2_vl_vision", "embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2},
+    "qwen2_5_vl": {"model_type": "qwen2_5_vl_vision", "hidden_size": 32, "out_hidden_size": 48, "window_size": 16}
+    | {"fullatt_block_indexes": [1], "intermediate_size": 48},
+    "qwen3_vl": {"model_type": "qwen3_vl_vision", "hidden_size": 32, "out_hidden_size": 48, "intermediate_size": 48}
+    | {"num_position_embeddings": 25, "deepstack_visual_indexes": [0, 1]},
+}
+QWEN = {name: {**values, "depth": 3, "num_heads": 2, "patch_size": 4} for name, values in QWEN.items()}
+MIXED = ["siglip2", "idefics2", "idefics3", "smolvlm", "pixtral", *QWEN]
 PREFIX = {"dinov2": 1, "registers": 5, "internvit": 1, "blip2": 1, "instructblip": 1}
 
 
@@ -100,18 +110,69 @@ def test_other_towers_give_their_own_hidden_states(name):
 
 @pytest.mark.parametrize("name", MIXED)
 def test_padded_crops_are_encoded_as_if_alone(name):
-    part = encoder(OTHERS[name], layer=NORMED)
+    part = encoder({**OTHERS, **QWEN}[name], layer=NORMED)
+    patch = part.spec.patch_size
     sizes = [(24, 16), (16, 24), (24, 24), (8, 16)]
     crops = pixels(4)
     for crop, (height, width) in zip(crops, sizes, strict=True):
         crop[:, height:] = crop[:, :, width:] = torch.nan if name == "pixtral" else 7.0
     (together,) = part.encode(crops, FeatureRequest(), sizes)
-    assert together.grids == ((3, 2), (2, 3), (3, 3), (1, 2))
-    assert together.mask.sum(1).tolist() == [6, 6, 9, 2]
+    assert together.grids == tuple((height // patch, width // patch) for height, width in sizes)
+    assert together.mask.sum(1).tolist() == [height * width // patch**2 for height, width in sizes]
     for row, (height, width) in enumerate(sizes):
         (alone,) = part.encode(crops[row : row + 1, :, :height, :width], FeatureRequest())
         real = together.values[row, : together.mask[row].sum()]
         torch.testing.assert_close(real, alone.values[0], atol=1e-5, rtol=1e-5)
+
+
+def packed(part, crops, model):
+    """What a tower of Qwen-VL gives for crops, the number of each patch in its crop row by row, how many a crop has.
+
+    Patches are cut by transformers' own processor, and so is an image of their numbers.
+    """
+    processor, config = Qwen2VLImageProcessorPil(), model.config
+    patches, places, grids = [], [], []
+    for crop in crops:
+        height, width = (side // 4 for side in crop.shape[1:])
+        places_of_pixels = torch.arange(height * width).view(1, height, width).repeat_interleave(4, 1)
+        for image, found in ((crop, patches), (places_of_pixels.repeat_interleave(4, 2).float(), places)):
+            cut = processor.patchify(image.numpy(), 4, 2, 2)[0]
+            found.append(torch.from_numpy(cut.copy()))
+        grids.append((1, height, width))
+    order = torch.cat(places)[:, 0].long()
+    if config.model_type == "qwen2_5_vl_vision":
+        index, _ = get_vision_window_index(torch.tensor(grids), 2, config.window_size, 4)
+        order = order.view(-1, 4)[index].flatten()
+    output = model(torch.cat(patches), grid_thw=torch.tensor(grids), output_hidden_states=True)
+    return output, order, [height * width for _, height, width in grids]
+
+
+@pytest.mark.parametrize("name", QWEN)
+def test_towers_of_qwen_give_their_own_hidden_states(name):
+    part = encoder(QWEN[name])
+    assert part.image_size == (20 if name == "qwen3_vl" else 128)
+    assert part.spec == VisionSpec(32, 3, 2, 1e-6, 4, has_cls=False)
+    assert not any("merger" in key for key in part.state_dict())
+    whole = type(part.model)(part.model.config).eval()
+    assert whole.load_state_dict(part.model.state_dict(), strict=False).unexpected_keys == []
+    crops = [torch.randn(3, *size) for size in ((24, 40), (16, 24), (40, 40))]
+    padded = torch.zeros(3, 3, 40, 40)
+    for place, crop in zip(padded, crops, strict=True):
+        place[:, : crop.shape[1], : crop.shape[2]] = crop
+    maps = part.encode(padded, FeatureRequest((1, -1, NORMED)), [(24, 40), (16, 24), (40, 40)])
+    output, order, counts = packed(part, crops, whole)
+    for found, state in zip(maps, (output.hidden_states[1], *[output.last_hidden_state] * 2), strict=True):
+        assert found.grids == ((6, 10), (4, 6), (10, 10))
+        for row, (given, places) in enumerate(zip(state.split(counts), order.split(counts), strict=True)):
+            torch.testing.assert_close(found.values[row, places], given, atol=1e-5, rtol=1e-5)
+    doubled = padded.repeat_interleave(2, 1)  # the two frames of a patch
+    (twice,) = part.encode(doubled, FeatureRequest((1,)), [(24, 40), (16, 24), (40, 40)])
+    assert torch.equal(twice.values, maps[0].values)
+
+
+def test_a_crop_that_blocks_do_not_fill_is_refused():
+    with pytest.raises(ValueError, match="crop of 24 x 20 pixels: a qwen2_vl_vision encodes blocks of 8 x 8 pixels"):
+        encoder(QWEN["qwen2_vl"]).encode(torch.randn(1, 3, 24, 20), FeatureRequest())
 
 
 def test_a_tower_of_one_size_refuses_others():

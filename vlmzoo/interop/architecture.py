@@ -29,7 +29,7 @@ class Architecture:
     connector: the name of ours.
     config: what `VisionLanguageConfig` takes for a configuration of theirs; raises `UnsupportedError`.
     rules: the weights of a model with that configuration.
-    translate: makes the original's keywords those of `VisionLanguageModel.forward`, in place.
+    translate: makes the original's keywords those of `VisionLanguageModel.forward`, in place, under our configuration.
     back: a configuration of theirs, as values, for one of ours; raises `UnsupportedError`. None: the class has parts
         that ours does not keep.
     unties: whether the LLM's head and its embeddings, which may be one in theirs, are two in ours.

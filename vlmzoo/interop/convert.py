@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 
 from vlmzoo import build
 from vlmzoo.connector import connectors
-from vlmzoo.interop import aria, blip, gemma, idefics3, internvl, janus, llava, mistral3, original, ovis2
+from vlmzoo.interop import aria, blip, gemma, idefics3, internvl, janus, llava, mistral3, original, ovis2, qwen
 from vlmzoo.interop.architecture import Architecture, UnsupportedError
 from vlmzoo.interop.weights import filled, refuse_faults, to_ours, to_theirs
 from vlmzoo.model import VisionLanguageConfig, VisionLanguageModel
@@ -36,6 +36,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         janus.JANUS,
         mistral3.MISTRAL_3,
         ovis2.OVIS_2,
+        qwen.QWEN2_VL,
+        qwen.QWEN2_5_VL,
+        qwen.QWEN3_VL,
     )
 }
 """By the names of transformers' classes."""
@@ -123,7 +126,7 @@ def to_hf(model: VisionLanguageModel) -> PreTrainedModel:
                 "vision_config": config.vision_config.to_dict(),
                 "text_config": {**config.text_config.to_dict(), "vocab_size": vocab_size},
                 "image_token_id": config.image_token_id,
-                "tie_word_embeddings": config.text_config.tie_word_embeddings,
+                "tie_word_embeddings": config.tie_word_embeddings,
                 **architecture.back(config),
             }
             their_config = theirs.config_class(**values)

@@ -25,9 +25,9 @@ HEAD = f"""# Connectors
 
 Made by `make docs` from the docstrings in [connectors/](../connectors) and from what each connector does on the meta
 device, with its defaults, to one image of {GRID[0]} × {GRID[1]} patches between an encoder of width {DIMS[0]} and an
-LLM of width {DIMS[1]}. Layers inside the LLM are counted, over {TEXT_LENGTH} tokens of text; FLOPs are those of a forward
-pass, activations what is kept for the backward pass, in bfloat16. `vlmzoo list connectors --dims {DIMS[0]},{DIMS[1]}`
-prints the table for any widths, and of plugins too.
+LLM of width {DIMS[1]}. Layers inside the LLM are counted, over {TEXT_LENGTH} tokens of text; FLOPs are those of a
+forward pass, activations what is kept for the backward pass, in bfloat16.
+`vlmzoo list connectors --dims {DIMS[0]},{DIMS[1]}` prints the table for any widths, and of plugins too.
 """
 
 

@@ -16,7 +16,7 @@ class VisionEncoder(nn.Module):
     """A vision tower whose hidden states are read as patch features.
 
     Args:
-        model: a transformers vision model of a type in `TOWERS`.
+        model: a transformers vision model of a type in `TOWERS`; what stands behind its last hidden state is taken off.
         layer: of its hidden states, for connectors that ask for none themselves. LLaVA reads -2.
         image_size: pixels a side; another than the tower's own interpolates its position embeddings.
 
@@ -33,15 +33,16 @@ class VisionEncoder(nn.Module):
         super().__init__()
         config = model.config
         self.tower = tower(config)
+        self.tower.trim(model)
         self.model = model
         self.layer: Layer = layer
         self.image_size = image_size or image_side(config)
         self.num_prefix = self.tower.num_prefix(config)
         self.spec = VisionSpec(
-            hidden_size=config.hidden_size,
+            hidden_size=getattr(config, self.tower.width),
             num_layers=config.num_hidden_layers,
             num_heads=config.num_attention_heads,
-            norm_eps=getattr(config, "layer_norm_eps", None) or getattr(config, "rms_norm_eps", 1e-5),
+            norm_eps=getattr(config, "layer_norm_eps", None) or getattr(config, "rms_norm_eps", self.tower.norm_eps),
             patch_size=square(config.patch_size, "patch_size"),
             has_cls=self.num_prefix > 0,
         )
@@ -74,6 +75,7 @@ class VisionEncoder(nn.Module):
         """One feature map a requested layer, from pixel values (crops, 3, height, width).
 
         Args:
+            pixel_values: also (crops, 3 · frames, height, width) for Qwen-VL's towers, channel by channel.
             sizes: (height, width) in pixels of each crop, where some are padded on the right and below.
 
         Raises:

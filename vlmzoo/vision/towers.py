@@ -10,14 +10,19 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from vlmzoo.connector import Grid
 from vlmzoo.registry import unknown
+from vlmzoo.vision.blocks import from_blocks, from_windows, to_patches
 
 Inputs = Callable[[PreTrainedConfig, Tensor, Sequence[Grid]], dict[str, Any]]
 Arrange = Callable[[PreTrainedConfig, Tensor, Sequence[Grid], Grid], Tensor]
+
+
+def _own_side(config: PreTrainedConfig) -> int:
+    return square(config.image_size, "image_size")
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,10 @@ class Tower:
     mixed: whether crops of several sizes, padded on the right and below, can be encoded in one call.
     arrange: from what it gives, those grids and that of the padded crops, to (crops, patches, dim) with each crop's own
         patches first, row by row; None: it gives that.
+    side: pixels a side of the images that it was made for.
+    width: what its configuration calls the width of its hidden states.
+    norm_eps: of its norms, where its configuration names none.
+    trim: takes away what stands behind its last hidden state, which no connector reads.
     """
 
     module: str
@@ -38,6 +47,10 @@ class Tower:
     num_prefix: Callable[[PreTrainedConfig], int] = lambda config: 0
     mixed: bool = False
     arrange: Arrange | None = None
+    side: Callable[[PreTrainedConfig], int] = _own_side
+    width: str = "hidden_size"
+    norm_eps: float = 1e-5
+    trim: Callable[[Any], None] = lambda model: None
 
     @property
     def model(self) -> type[PreTrainedModel]:
@@ -57,9 +70,7 @@ def tower(config: PreTrainedConfig) -> Tower:
 
 def image_side(config: PreTrainedConfig) -> int:
     """Pixels a side of the images that a tower was made for."""
-    if config.model_type == "siglip2_vision_model":
-        return math.isqrt(config.num_patches) * config.patch_size
-    return square(config.image_size, "image_size")
+    return tower(config).side(config)
 
 
 def square(size: int | Sequence[int], what: str) -> int:
@@ -129,9 +140,37 @@ def _from_padded(config: PreTrainedConfig, state: Tensor, grids: Sequence[Grid],
     return _padded(rows)
 
 
-def _from_packed(config: PreTrainedConfig, state: Tensor, grids: Sequence[Grid], full: Grid) -> Tensor:
-    """Of a tower that gives the patches of all crops one behind the other."""
-    return _padded(state.flatten(0, -2).split([height * width for height, width in grids]))
+def _blocks(config: PreTrainedConfig, pixels: Tensor, grids: Sequence[Grid]) -> dict[str, Any]:
+    """Qwen-VL: the patches of all crops one behind the other, in blocks."""
+    patch = config.patch_size
+    crops = zip(pixels, grids, strict=True)
+    patches = [to_patches(config, crop[:, : height * patch, : width * patch]) for crop, (height, width) in crops]
+    sizes = torch.tensor([(1, height, width) for height, width in grids], device=pixels.device)
+    return {"hidden_states": torch.cat(patches), "grid_thw": sizes}
+
+
+def _from_packed(of_crop: Callable[[PreTrainedConfig, Tensor, Grid], Tensor]) -> Arrange:
+    """Of a tower that gives the patches of all crops one behind the other, each crop's in an order of its own."""
+
+    def arrange(config: PreTrainedConfig, state: Tensor, grids: Sequence[Grid], full: Grid) -> Tensor:
+        crops = state.flatten(0, -2).split([height * width for height, width in grids])
+        return _padded([of_crop(config, crop, grid) for crop, grid in zip(crops, grids, strict=True)])
+
+    return arrange
+
+
+def _as_it_is(config: PreTrainedConfig, state: Tensor, grid: Grid) -> Tensor:
+    return state
+
+
+def _without_merger(model: Any) -> None:
+    model.merger = nn.Identity()
+
+
+def _without_mergers(model: Any) -> None:
+    """Qwen3-VL: nor those of the hidden states before the last."""
+    _without_merger(model)
+    model.deepstack_merger_list, model.deepstack_visual_indexes = nn.ModuleList(), ()
 
 
 def _padded(rows: Sequence[Tensor]) -> Tensor:
@@ -142,10 +181,22 @@ def _cls(config: PreTrainedConfig) -> int:
     return 1
 
 
+def _side_of_positions(count: str) -> Callable[[PreTrainedConfig], int]:
+    """Of a tower that has learnt so many positions, on a square."""
+    return lambda config: math.isqrt(getattr(config, count)) * config.patch_size
+
+
+def _any_side(config: PreTrainedConfig) -> int:
+    """Of a tower that takes any size and names none: 32 patches, 448 pixels in Qwen2-VL and Qwen2.5-VL."""
+    return 32 * config.patch_size
+
+
 TOWERS: dict[str, Tower] = {
     "clip_vision_model": Tower("clip", "CLIPVisionModel", _interpolating, _cls),
     "siglip_vision_model": Tower("siglip", "SiglipVisionModel", _interpolating),
-    "siglip2_vision_model": Tower("siglip2", "Siglip2VisionModel", _patched, mixed=True),
+    "siglip2_vision_model": Tower(
+        "siglip2", "Siglip2VisionModel", _patched, mixed=True, side=_side_of_positions("num_patches")
+    ),
     "dinov2": Tower("dinov2", "Dinov2Model", _plain, _cls),
     "dinov2_with_registers": Tower(
         "dinov2_with_registers", "Dinov2WithRegistersModel", _plain, lambda config: 1 + config.num_register_tokens
@@ -158,6 +209,37 @@ TOWERS: dict[str, Tower] = {
     "idefics2_vision": Tower("idefics2", "Idefics2VisionTransformer", _masked, mixed=True, arrange=_from_padded),
     "idefics3_vision": Tower("idefics3", "Idefics3VisionTransformer", _masked, mixed=True, arrange=_from_padded),
     "smolvlm_vision": Tower("smolvlm", "SmolVLMVisionTransformer", _masked, mixed=True, arrange=_from_padded),
-    "pixtral": Tower("pixtral", "PixtralVisionModel", _sized, mixed=True, arrange=_from_packed),
+    "pixtral": Tower("pixtral", "PixtralVisionModel", _sized, mixed=True, arrange=_from_packed(_as_it_is)),
+    "qwen2_vl_vision": Tower(
+        "qwen2_vl",
+        "Qwen2VisionTransformerPretrainedModel",
+        _blocks,
+        mixed=True,
+        arrange=_from_packed(from_blocks),
+        side=_any_side,
+        width="embed_dim",
+        norm_eps=1e-6,
+        trim=_without_merger,
+    ),
+    "qwen2_5_vl_vision": Tower(
+        "qwen2_5_vl",
+        "Qwen2_5_VisionTransformerPretrainedModel",
+        _blocks,
+        mixed=True,
+        arrange=_from_packed(from_windows),
+        side=_any_side,
+        norm_eps=1e-6,
+        trim=_without_merger,
+    ),
+    "qwen3_vl_vision": Tower(
+        "qwen3_vl",
+        "Qwen3VLVisionModel",
+        _blocks,
+        mixed=True,
+        arrange=_from_packed(from_blocks),
+        side=_side_of_positions("num_position_embeddings"),
+        norm_eps=1e-6,
+        trim=_without_mergers,
+    ),
 }
 """By transformers' model types."""
