@@ -58,6 +58,8 @@ def _crops(inputs: dict[str, Any], model: VisionLanguageModel) -> None:
     pixels, num_images = inputs.get("pixel_values"), inputs.pop("batch_num_images", None)
     if pixels is None:
         return
+    if inputs.get("image_sizes") is None:
+        raise ValueError("pixel_values came without image_sizes, (height, width) of each original in pixels")
     sizes = torch.as_tensor(inputs["image_sizes"])
     cut = [True] * len(sizes)
     if num_images is not None:
