@@ -8,7 +8,13 @@ from typing import Any, Literal
 import pytest
 import torch
 from PIL import Image
-from transformers import AddedToken, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import (
+    AddedToken,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    LlavaNextImageProcessorPil,
+)
 
 from tests.checkpoints import CHAT, COLORS, run_values, write_models
 from vlmzoo.config import RunConfig, Template, parse
@@ -60,6 +66,29 @@ def test_slots_are_those_of_the_model(connector: Any, encoder: str, models: Path
         logits = model(**inputs).logits
     assert logits.shape[:2] == inputs["input_ids"].shape
     assert torch.isfinite(logits[inputs["attention_mask"].bool()]).all()
+
+
+@pytest.mark.parametrize("connector", ["anyres", {"name": "anyres", "options": {"connector": "matryoshka"}}])
+def test_tiles_have_the_slots_of_the_model(connector: Any, models: Path) -> None:
+    model, processor = make(models, connector)
+    images = [RED, GREEN.resize((30, 70)), BLUE.resize((10, 90))]
+    inputs = processor(images, ["<image> What <image>", "red <image>"])
+    assert inputs["image_sizes"].tolist() == [[30, 40], [70, 30], [90, 10]]
+    theirs = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 24},
+        crop_size={"height": 24, "width": 24},
+        image_grid_pinpoints=[[24, 48], [48, 24], [48, 48], [72, 24], [24, 72]],
+    )(images, return_tensors="pt")
+    crops = zip(theirs["pixel_values"], inputs["num_crops"].tolist(), strict=True)
+    assert torch.equal(inputs["pixel_values"], torch.cat([image[:count] for image, count in crops]))
+    counts = [model.num_tokens(processor.layouts.of_image((image.height, image.width))) for image in images]
+    assert len(set(counts)) > 1
+    slots = (inputs["input_ids"] == model.config.image_token_id).sum(1)
+    assert slots.tolist() == [counts[0] + counts[1], counts[2]]
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    assert torch.isfinite(logits[inputs["attention_mask"].bool()]).all()
+    assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[0] == 2
 
 
 @pytest.mark.parametrize("connector", [{"name": "matryoshka", "options": {"sides": [3, 2, 1]}}, "mqt"])
@@ -189,7 +218,7 @@ def test_an_image_token_that_is_there_keeps_its_id(how: str, tmp_path: Path) -> 
     assert model.config.image_token_id == expected
     found = processor(RED, "What color is<image>?")["input_ids"]
     assert (found == expected).sum() == SLOTS
-    SampleBuilder(processor.tokenizer, expected, model.num_tokens, (3, 3), Template.plain, 64)
+    SampleBuilder(processor.tokenizer, expected, model.num_tokens, processor.layouts.of_file, Template.plain, 64)
 
 
 @pytest.mark.parametrize("connector", CONNECTORS)

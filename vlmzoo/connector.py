@@ -171,6 +171,15 @@ class Connector(nn.Module, ABC):
         """The grid of the tokens of a crop; None: they have none."""
         return None
 
+    def tiles(self, size: tuple[int, int], crop: Grid) -> Grid | None:
+        """Rows and columns of tiles that follow the thumbnail of an image, as its further crops; None: it has none.
+
+        Args:
+            size: (height, width) of the original in pixels.
+            crop: the grid of each crop in patches.
+        """
+        return None
+
     @abstractmethod
     def forward(self, visual: VisualInput) -> VisualTokens:
         """What all images of the batch become."""

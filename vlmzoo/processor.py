@@ -15,7 +15,7 @@ from transformers import AutoProcessor, AutoTokenizer, BatchFeature, ProcessorMi
 from vlmzoo import build
 from vlmzoo.config import DataConfig, EncoderConfig, RunConfig
 from vlmzoo.connector import Grid, ImageLayout
-from vlmzoo.data.images import to_pixel_values
+from vlmzoo.data.images import cut, image_size, to_pixel_values
 from vlmzoo.data.samples import SampleBuilder
 from vlmzoo.model import VisionLanguageConfig, VisionLanguageModel
 
@@ -24,10 +24,11 @@ ImageMode = Literal["square", "pad"]
 
 @dataclass(frozen=True)
 class Layouts:
-    """What the model tells its processor: the size and grid of images, and the slots that each takes."""
+    """What the model tells its processor: the size, grid and tiles of images, and the slots that each takes."""
 
     image_size: int
     grid: Grid
+    tiles: Callable[[tuple[int, int], Grid], Grid | None]
     num_tokens: Callable[[ImageLayout], int]
     image_token_id: int
     instruction: bool  # whether the connector reads the instruction
@@ -39,11 +40,27 @@ class Layouts:
         return cls(
             image_size=size,
             grid=model.vision.grid(size, size),
+            tiles=model.connector.tiles,
             num_tokens=model.num_tokens,
             image_token_id=model.config.image_token_id,
             instruction=model.connector.requires.instruction,
             max_positions=getattr(model.config.text_config, "max_position_embeddings", None),
         )
+
+    @property
+    def tiled(self) -> bool:
+        """Whether images are cut into tiles."""
+        return self.tiles((self.image_size, self.image_size), self.grid) is not None
+
+    def of_image(self, size: tuple[int, int], token_budget: int | None = None) -> ImageLayout:
+        """The layout of an image of this size, (height, width) in pixels."""
+        if (tiles := self.tiles(size, self.grid)) is None:
+            return ImageLayout((self.grid,), token_budget=token_budget)
+        return ImageLayout((self.grid,) * (1 + tiles[0] * tiles[1]), size, token_budget)
+
+    def of_file(self, path: Path, where: str) -> ImageLayout:
+        """The layout of an image in a file, which is read where its size matters; `where` names it in messages."""
+        return self.of_image(image_size(path, where=where) if self.tiled else (self.image_size, self.image_size))
 
     def __deepcopy__(self, memo: dict) -> Layouts:
         return self  # transformers copies a processor to write its configuration; the connector stays out of it
@@ -94,7 +111,7 @@ class VisionLanguageProcessor(ProcessorMixin):
             tokenizer=self.tokenizer,
             image_token_id=self.layouts.image_token_id,
             num_tokens=self.layouts.num_tokens,
-            grid=self.layouts.grid,
+            layout=self.layouts.of_file,
             template=data.template,
             max_length=min(data.max_length, self.layouts.max_positions or data.max_length),
             instruction=self.layouts.instruction,
@@ -103,6 +120,17 @@ class VisionLanguageProcessor(ProcessorMixin):
     def pixel_values(self, image: Image.Image, mode: ImageMode = "pad") -> Tensor:
         """(3, height, width) of one image."""
         return to_pixel_values(image, self.image_processor, mode, self.layouts.image_size)
+
+    def crops(self, image: Image.Image, mode: ImageMode = "pad") -> Tensor:
+        """(crops, 3, height, width) of one image, which is a single crop where the connector has no tiles.
+
+        With tiles the mode does not matter: all of the image is seen.
+        """
+        tiles = self.layouts.tiles((image.height, image.width), self.layouts.grid)
+        if tiles is None:
+            return self.pixel_values(image, mode)[None]
+        crops = cut(image.convert("RGB"), tiles, self.layouts.image_size, self.image_processor.resample)
+        return torch.stack([self.pixel_values(crop, "square") for crop in crops])
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -130,20 +158,21 @@ class VisionLanguageProcessor(ProcessorMixin):
             raise ValueError("expected at least one text")
         flat = _flatten(images)
         token = self.layouts.image_token_id
-        slots = self.layouts.num_tokens(ImageLayout((self.layouts.grid,), token_budget=token_budget))
-        rows, placed = [], []
-        for one in texts:
-            ids = self.tokenizer(one, add_special_tokens=kwargs.get("add_special_tokens", True))["input_ids"]
-            placed.append(ids.count(token))
-            rows.append([copy for item in ids for copy in [item] * (slots if item == token else 1)])
+        add = kwargs.get("add_special_tokens", True)
+        rows = [self.tokenizer(one, add_special_tokens=add)["input_ids"] for one in texts]
+        placed = [ids.count(token) for ids in rows]
         by_text = [item for item in images if isinstance(item, Sequence)] if isinstance(images, Sequence) else []
         given = [len(item) for item in by_text] or [len(flat)]
         if given != (placed if by_text else [sum(placed)]):
             raise ValueError(f"the texts hold {_sum(placed)} {build.IMAGE_TOKEN} for {_sum(given)} images")
+        layouts = [self.layouts.of_image((image.height, image.width), token_budget) for image in flat]
+        slots = iter([self.layouts.num_tokens(layout) for layout in layouts])
+        rows = [[copy for item in ids for copy in [item] * (next(slots) if item == token else 1)] for ids in rows]
         batch = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         if flat:
-            inputs["pixel_values"] = torch.stack([self.pixel_values(image, image_mode) for image in flat])
+            inputs["pixel_values"] = torch.cat([self.crops(image, image_mode) for image in flat])
+            inputs |= tile_inputs(layouts)
         if flat and token_budget is not None:
             inputs["token_budget"] = torch.full((len(flat),), token_budget)
         if flat and self.layouts.instruction:
@@ -155,6 +184,16 @@ class VisionLanguageProcessor(ProcessorMixin):
             inputs["instruction_ids"] = padded["input_ids"]
             inputs["instruction_mask"] = padded["attention_mask"]
         return BatchFeature(inputs)
+
+
+def tile_inputs(layouts: Sequence[ImageLayout]) -> dict[str, Tensor]:
+    """What the model needs to know of images that are cut into tiles, beside their pixels; nothing of others."""
+    if not any(layout.size for layout in layouts):
+        return {}
+    return {
+        "num_crops": torch.tensor([layout.num_crops for layout in layouts]),
+        "image_sizes": torch.tensor([layout.size for layout in layouts]),
+    }
 
 
 def _flatten(images: Any) -> list[Image.Image]:

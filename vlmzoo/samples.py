@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vlmzoo import build
@@ -18,7 +19,7 @@ from vlmzoo.data.images import load_image
 from vlmzoo.data.records import Record, RecordError, read_records
 from vlmzoo.data.samples import Sample
 from vlmzoo.model import VisionLanguageModel
-from vlmzoo.processor import VisionLanguageProcessor
+from vlmzoo.processor import VisionLanguageProcessor, tile_inputs
 from vlmzoo.vision.cache import FeatureCache
 
 
@@ -39,7 +40,8 @@ class SampleSet:
     """The records of a data set, read and checked; samples are built when they are asked for.
 
     Args:
-        cache: the folder of feature caches, filled at the first batch; None: images are read as pixels every time.
+        cache: the folder of feature caches, filled at the first batch; None: images are read as pixels every time, as
+            those that are cut into tiles always are.
         sees: what stands in the place of each image.
     """
 
@@ -93,7 +95,9 @@ class SampleSet:
         if images and self._cache is not None:
             batch["image_features"] = self._cache.batch(images)
         elif images:
-            batch["pixel_values"] = torch.stack([self._pixels(path) for path in images]).to(device)
+            crops = [self._processor.crops(self._image(path), self._data.image_mode) for path in images]
+            batch["pixel_values"] = torch.cat(crops).to(device)
+            batch |= tile_inputs([layout for sample in samples for layout in sample.layouts])
         return batch
 
     def open_cache(self) -> None:
@@ -102,7 +106,7 @@ class SampleSet:
 
     @cached_property
     def _cache(self) -> FeatureCache | None:
-        if self._cache_folder is None or not self._where:
+        if self._cache_folder is None or not self._where or self._processor.layouts.tiled:
             return None
         preprocessing = {
             "mode": self._data.image_mode,
@@ -120,4 +124,7 @@ class SampleSet:
         )
 
     def _pixels(self, path: Path) -> Tensor:
-        return self._processor.pixel_values(load_image(path, where=self._where[path]), self._data.image_mode)
+        return self._processor.pixel_values(self._image(path), self._data.image_mode)
+
+    def _image(self, path: Path) -> Image.Image:
+        return load_image(path, where=self._where[path])

@@ -57,6 +57,18 @@ VARIANTS = [
     ("prumerge", {"num_neighbours": 3}),
     ("deepstack", {}),
     ("mllama", {}),
+    ("anyres", {}),
+    ("anyres", {"connector": "internvl", "max_tiles": 1}),
+    ("anyres", {"connector": "deepstack"}),
+    ("anyres", {"connector": "matryoshka", "options": {"sides": (4, 2, 1)}}),
+    ("anyres", {"connector": "prumerge", "options": {"num_neighbours": 3}}),
+    (
+        "anyres",
+        {
+            "connector": "qformer",
+            "options": {"num_queries": 3, "num_layers": 2, "hidden_size": 24, "num_heads": 2, "instruction": True},
+        },
+    ),
 ]
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
+from transformers import CLIPImageProcessorPil, LlavaNextImageProcessorPil, SiglipImageProcessorPil
 
-from vlmzoo.data.images import ImageError, load_image, to_pixel_values
+from vlmzoo.data.images import ImageError, cut, image_size, load_image, to_pixel_values
 
 
 def test_every_mode_becomes_rgb(tmp_path: Path) -> None:
@@ -91,6 +91,27 @@ def test_siglip_squares_by_cropping_not_by_squashing() -> None:
     pixels = to_pixel_values(image, SiglipImageProcessorPil(), "square", 20)
     assert pixels[0].max() == -1
     assert pixels[2].min() == 1
+
+
+def test_a_size_is_read_without_the_pixels(tmp_path: Path) -> None:
+    path = tmp_path / "wide.png"
+    _noise(50, 30).save(path)
+    path.write_bytes(path.read_bytes()[:100])
+    assert image_size(path) == (30, 50)
+    (tmp_path / "text.png").write_text("not an image")
+    with pytest.raises(ImageError, match=r"^train\.json\[3\]: image .*text\.png cannot be decoded"):
+        image_size(tmp_path / "text.png", where="train.json[3]")
+
+
+@pytest.mark.parametrize("size", [(50, 30), (30, 50), (24, 48), (61, 7), (7, 90), (10, 10), (100, 101)])
+@pytest.mark.parametrize("tiles", [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)])
+def test_tiles_are_those_of_llava_next(size: tuple[int, int], tiles: tuple[int, int]) -> None:
+    image = _noise(*size)
+    crop = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}}
+    theirs = LlavaNextImageProcessorPil(**crop, image_grid_pinpoints=[[tiles[0] * 24, tiles[1] * 24]])
+    ours = CLIPImageProcessorPil(**crop)
+    found = torch.stack([to_pixel_values(part, ours, "square", 24) for part in cut(image, tiles, 24, ours.resample)])
+    assert torch.equal(found, theirs(image, return_tensors="pt")["pixel_values"][0])
 
 
 def _noise(width: int, height: int) -> Image.Image:

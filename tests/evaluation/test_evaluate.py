@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase, PreTrai
 from tests import tiny
 from vlmzoo import build
 from vlmzoo.config import DataConfig, Template
-from vlmzoo.connector import Connector
+from vlmzoo.connector import Connector, ImageLayout
 from vlmzoo.data.collate import collate
 from vlmzoo.data.images import ImageError
 from vlmzoo.data.records import Record, Turn
@@ -71,7 +71,12 @@ class Scripted:
 
 def samples(tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
     builder = SampleBuilder(
-        tokenizer, build.image_token_id(tokenizer), lambda layout: 3, (1, 3), Template.vicuna_v1, 100
+        tokenizer,
+        build.image_token_id(tokenizer),
+        lambda layout: 3,
+        lambda path, where: ImageLayout(((1, 3),)),
+        Template.vicuna_v1,
+        100,
     )
     records = []
     for index, (question, answer, capability) in enumerate(QUESTIONS):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,11 +52,14 @@ def typed(values: dict[str, Any], kind: str, **more: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Case:
-    """A class of transformers, its configuration, the tokens that images take, and the inputs beside `input_ids`."""
+    """A class of transformers, its configuration, the tokens that images take, and the inputs beside `input_ids`.
+
+    Tokens of every image, of one after the other, or of those in samples of so many images.
+    """
 
     model: str
     config: dict[str, Any]
-    tokens: int | Sequence[int]
+    tokens: int | Sequence[int] | Callable[[Sequence[int]], Sequence[int]]
     images: Callable[[Sequence[int]], dict[str, Any]]
     back: bool = True
     kinds: Callable[[Tensor], Tensor] | None = None
@@ -74,7 +78,8 @@ class Case:
         """A batch padded on the left, of samples with so many images each."""
         generator = torch.Generator().manual_seed(5)
         rows = []
-        counts = itertools.cycle([self.tokens] if isinstance(self.tokens, int) else self.tokens)
+        tokens = self.tokens(samples) if callable(self.tokens) else self.tokens
+        counts = itertools.cycle([tokens] if isinstance(tokens, int) else tokens)
         for number, images in enumerate(samples):
             row = [1, *_text(generator, 2 + number)]
             for _ in range(images):
@@ -153,6 +158,44 @@ def packed(samples: Sequence[int]) -> dict[str, Any]:
     return {"pixel_values": patches, "image_grid_thw": torch.tensor([(1, *grid) for grid in grids])}
 
 
+ORIGINALS = [(24, 40), (100, 20), (19, 150), (40, 41)]
+TILES = [2, 3, 3, 4]  # as the pinpoints below are chosen
+TILED = [16 + 4 * 7, 16 + 12 * 3, 16 + 2 * 13, 16 + 8 * 9]
+SHRUNK = [16 + 3 * 5, 16 + 9 * 2, 16 + 1 * 10, 16 + 4 * 5]  # to one tile's tokens
+PINPOINTS = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
+
+
+def pinpoints(side: int) -> list[list[int]]:
+    return [[rows * side, columns * side] for rows, columns in PINPOINTS]
+
+
+def tiled(samples: Sequence[int], *, side: int = SIZE, alone: bool = False) -> dict[str, Any]:
+    """(images, most crops, 3, side, side), zeros where an image has fewer crops.
+
+    With `alone` images that share a sample have one crop.
+    """
+    single = [not alone or count == 1 for count in samples for _ in range(count)]
+    crops = [1 + count * cut for count, cut in zip(TILES, single, strict=False)]
+    images = pixels(sum(crops), side, side).split(crops)
+    inputs: dict[str, Any] = {
+        "pixel_values": torch.nn.utils.rnn.pad_sequence(list(images), batch_first=True),
+        "image_sizes": torch.tensor(ORIGINALS[: len(crops)]),
+    }
+    return inputs | ({"batch_num_images": torch.tensor(samples)} if alone else {})
+
+
+def unpadded(samples: Sequence[int]) -> dict[str, Any]:
+    """The same without what fills the batch up, (crops, 3, height, width)."""
+    inputs = tiled(samples)
+    images = zip(inputs["pixel_values"], TILES, strict=False)
+    return {**inputs, "pixel_values": torch.cat([image[: 1 + count] for image, count in images])}
+
+
+def shrunk_alone(samples: Sequence[int]) -> list[int]:
+    single = [count == 1 for count in samples for _ in range(count)]
+    return [count if cut else 17 for count, cut in zip(SHRUNK, single, strict=False)]
+
+
 OPT: dict[str, Any] = {
     "model_type": "opt",
     "hidden_size": 32,
@@ -214,6 +257,16 @@ VQ: dict[str, Any] = {
     "image_token_embed_dim": 32,
 }
 
+SIDE = 27  # the patches fill 24 of these pixels
+ONEVISION: dict[str, Any] = {
+    "vision_config": typed(SIGLIP, "siglip_vision_model", image_size=SIDE),
+    "text_config": QWEN2,
+    "image_grid_pinpoints": pinpoints(SIDE),
+    "vision_aspect_ratio": "anyres_max_1",
+    "vision_feature_select_strategy": "full",
+    "vision_feature_layer": -1,
+    "video_token_id": 91,
+}
 CASES: dict[str, Case] = {
     "llava": Case("LlavaForConditionalGeneration", {"vision_config": CLIP, "text_config": LLAMA}, 16, plain),
     "llava_siglip": Case(
@@ -232,6 +285,30 @@ CASES: dict[str, Case] = {
         {"vision_config": CLIP, "text_config": LLAMA, "vision_feature_layer": [-2, 1]},
         16,
         plain,
+    ),
+    "llava_next": Case(
+        "LlavaNextForConditionalGeneration",
+        {"vision_config": CLIP, "text_config": LLAMA, "image_grid_pinpoints": pinpoints(SIZE)},
+        TILED,
+        tiled,
+    ),
+    "llava_next_layers": Case(
+        "LlavaNextForConditionalGeneration",
+        {
+            "vision_config": CLIP,
+            "text_config": LLAMA,
+            "image_grid_pinpoints": pinpoints(SIZE),
+            "vision_feature_layer": [-2, 1],
+        },
+        TILED,
+        unpadded,
+    ),
+    "llava_onevision": Case("LlavaOnevisionForConditionalGeneration", ONEVISION, SHRUNK, partial(tiled, side=SIDE)),
+    "llava_onevision_alone": Case(
+        "LlavaOnevisionForConditionalGeneration",
+        ONEVISION,
+        shrunk_alone,
+        partial(tiled, side=SIDE, alone=True),
     ),
     "vip_llava": Case(
         "VipLlavaForConditionalGeneration",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +17,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
+from tests.checkpoints import run_values
 from tests.training.conftest import Trained, metrics
 from vlmzoo import build
 from vlmzoo.config import RunConfig, StageConfig, parse
@@ -195,6 +198,26 @@ def test_features_are_cached_until_the_encoder_moves(values: dict[str, Any], tmp
     assert [loop.moves_vision(run, index) for index in range(3)] == [False, True, True]
     train_in(values, tmp_path / "out", tmp_path / "cache")
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1
+
+
+def test_images_of_many_sizes_train_and_answer_in_tiles(folder: Path, tmp_path: Path) -> None:
+    """Slots, crops and sizes go together through both stages, the evaluation and its images that are swapped."""
+    shutil.copytree(folder, tmp_path / "mine")
+    for index, path in enumerate(sorted((tmp_path / "mine" / "images").iterdir())):
+        with Image.open(path) as image:
+            image.resize((10 + 7 * (index % 5), 20 + 9 * (index % 4))).save(path)
+    values = run_values(tmp_path / "mine", "anyres")
+    values["evaluation"]["colors"]["shuffled"] = 8
+    run = build.resolve(parse(RunConfig, values))
+    model, processor = new_model(run)
+    data = SampleSet(model, processor, run.stages["finetune"].data, tmp_path / "cache")
+    batch = data.batch(data.samples(range(8)))
+    assert len({tuple(size) for size in batch["image_sizes"].tolist()}) > 3
+    assert len(batch["pixel_values"]) == batch["num_crops"].sum() > 2 * len(batch["num_crops"])
+    assert model(**batch).loss.isfinite()
+    result = run_trial(run, tmp_path / "trial", tmp_path / "cache")
+    assert result["visual_tokens"] == 9 + 3 * 5
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("clip", [None, 1e-3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -41,6 +42,7 @@ TEXT: dict[str, Any] = {
 }
 GRIDS: tuple[Grid, ...] = ((4, 4), (2, 6), (3, 5))
 CROPS = ((0,), (1, 0), (2,), (0,))  # the grids of each image's crops
+SIZE = (40, 100)  # (height, width) in pixels of every original, for connectors that cut it into tiles
 IMAGES = ((0, 1), (), (2,), (3,))  # of each sample
 NOISE = 0.1
 
@@ -67,6 +69,8 @@ class Batch:
         if self.visual is not None:
             inputs["image_features"] = self.visual.maps
             inputs["num_crops"] = torch.tensor([layout.num_crops for layout in self.visual.layouts])
+            if sizes := [layout.size for layout in self.visual.layouts if layout.size is not None]:
+                inputs["image_sizes"] = torch.tensor(sizes)
             if self.visual.instruction is not None:
                 inputs["instruction_ids"] = self.visual.instruction.input_ids
                 inputs["instruction_mask"] = self.visual.instruction.mask
@@ -138,7 +142,14 @@ class Subject:
 
     @cached_property
     def layouts(self) -> tuple[ImageLayout, ...]:
-        return tuple(ImageLayout(tuple(self.grids[crop % len(self.grids)] for crop in crops)) for crops in CROPS)
+        return tuple(map(self._layout, CROPS))
+
+    def _layout(self, crops: Sequence[int]) -> ImageLayout:
+        """These crops, or for a connector with tiles a thumbnail and, where they are several, all its tiles."""
+        grids = tuple(self.grids[crop % len(self.grids)] for crop in crops)
+        if (tiles := self.connector.tiles(SIZE, grids[0])) is None:
+            return ImageLayout(grids)
+        return ImageLayout(grids[:1] * (1 + math.prod(tiles) if len(grids) > 1 else 1), SIZE)
 
     def batch(self) -> Batch:
         """Samples with two, no, one and one images, an image of two crops among them; always the same ones."""
@@ -187,7 +198,7 @@ class Subject:
         )
         return VisualInput(
             maps=tuple(features() for _ in request.layers or (None,)),
-            image_of_crop=torch.tensor([image for image, crops in enumerate(CROPS) for _ in crops]),
+            image_of_crop=torch.tensor([image for image, layout in enumerate(self.layouts) for _ in layout.grids]),
             sample_of_image=torch.tensor([sample for sample, images in enumerate(IMAGES) for _ in images]),
             layouts=self.layouts,
             instruction=instruction if request.instruction else None,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
 from torch import Tensor
+
+from vlmzoo.connector import Grid
 
 MAX_PIXELS = 64_000_000
 
@@ -45,6 +50,18 @@ def load_image(path: Path, *, where: str = "", max_pixels: int = MAX_PIXELS) -> 
     Raises:
         ImageError: the file is missing, no image, truncated, or too large; the size is read before the pixels are.
     """
+    with _opened(path, where, max_pixels) as image:
+        return image.convert("RGB")
+
+
+def image_size(path: Path, *, where: str = "") -> tuple[int, int]:
+    """(height, width) in pixels, which are not decoded; raises as `load_image`."""
+    with _opened(path, where, MAX_PIXELS) as image:
+        return image.height, image.width
+
+
+@contextmanager
+def _opened(path: Path, where: str, max_pixels: int) -> Iterator[Image.Image]:
     name = f"{where}: image {path}" if where else f"image {path}"
     try:
         with warnings.catch_warnings():
@@ -55,7 +72,7 @@ def load_image(path: Path, *, where: str = "", max_pixels: int = MAX_PIXELS) -> 
             if max(width, height) ** 2 > max_pixels:
                 side = int(max_pixels**0.5)
                 raise ImageError(f"{name} is {width} x {height} pixels; at most {side} x {side} are decoded")
-            return image.convert("RGB")
+            yield image
     except Image.DecompressionBombError:
         raise ImageError(f"{name} has more pixels than can be decoded safely; at most {max_pixels} are") from None
     except FileNotFoundError:
@@ -86,6 +103,26 @@ def to_pixel_values(
         return_tensors="pt",
     )
     return output["pixel_values"][0]
+
+
+def cut(image: Image.Image, tiles: Grid, side: int, resample: int) -> list[Image.Image]:
+    """The image as a thumbnail, then as rows and columns of tiles, row by row, all of them squares of `side` pixels.
+
+    The thumbnail is the whole image, stretched; the tiles show it in its proportions, centred on black.
+
+    Source: Liu et al., LLaVA-NeXT (2024); `process_anyres_image` in LLaVA's code.
+    """
+    height, width = tiles[0] * side, tiles[1] * side
+    down, across = height / image.height, width / image.width
+    if across < down:
+        fitted = width, min(math.ceil(image.height * across), height)
+    else:
+        fitted = min(math.ceil(image.width * down), width), height
+    canvas = Image.new("RGB", (width, height))
+    canvas.paste(image.resize(fitted, resample), ((width - fitted[0]) // 2, (height - fitted[1]) // 2))
+    corners = [(left, top) for top in range(0, height, side) for left in range(0, width, side)]
+    squares = [canvas.crop((left, top, left + side, top + side)) for left, top in corners]
+    return [image.resize((side, side), resample), *squares]
 
 
 def _expand_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from vlmzoo.config import Template
-from vlmzoo.connector import Grid, ImageLayout
+from vlmzoo.connector import ImageLayout
 from vlmzoo.data.records import IMAGE_TOKEN, Record, RecordError
 from vlmzoo.data.templates import Rendered, instruction_texts, render, special_tokens
 from vlmzoo.data.tokens import Tokenised, tokenise
@@ -36,7 +36,7 @@ class SampleBuilder:
     Args:
         tokenizer: a fast one, with `<image>` as a special token.
         num_tokens: the slots that an image takes, from its layout.
-        grid: of an image, in patches.
+        layout: of an image file; its second argument names the record in messages.
         max_length: tokens of a sample, visual ones included; text beyond it is cut.
         instruction: whether the connector reads the instruction.
 
@@ -47,7 +47,7 @@ class SampleBuilder:
     tokenizer: PreTrainedTokenizerBase
     image_token_id: int
     num_tokens: Callable[[ImageLayout], int]
-    grid: Grid
+    layout: Callable[[Path, str], ImageLayout]
     template: Template
     max_length: int
     instruction: bool = False
@@ -83,7 +83,7 @@ class SampleBuilder:
             raise RecordError(f"{record.where}: {error}") from None
 
     def _sample(self, record: Record, tokens: Tokenised, generation: bool) -> Sample:
-        layouts = tuple(ImageLayout((self.grid,)) for _ in record.images)
+        layouts = tuple(self.layout(path, record.where) for path in record.images)
         if (placed := tokens.input_ids.count(self.image_token_id)) != len(layouts):
             raise RecordError(f"{record.where}: its text has {placed} {IMAGE_TOKEN} for {len(layouts)} images")
         ids = tokens.input_ids

@@ -8,7 +8,7 @@ from vlmzoo.interop.architecture import Architecture, expect, parts
 from vlmzoo.interop.idefics3 import rounded_up, sizes_of
 from vlmzoo.interop.llava import hidden_state
 from vlmzoo.interop.weights import Rule, chunks, same
-from vlmzoo.model import VisionLanguageConfig
+from vlmzoo.model import VisionLanguageConfig, VisionLanguageModel
 
 NAMES = [
     ("cross_attn.q_proj", "query"),
@@ -52,9 +52,9 @@ def _rules(config: Any) -> list[Rule]:
     ]
 
 
-def _sizes(inputs: dict[str, Any], config: VisionLanguageConfig) -> None:
+def _sizes(inputs: dict[str, Any], model: VisionLanguageModel) -> None:
     if (mask := inputs.pop("pixel_mask", None)) is not None:
-        inputs["crop_sizes"] = rounded_up(sizes_of(mask.bool()), mask.shape[1:], config.vision_config.patch_size)
+        inputs["crop_sizes"] = rounded_up(sizes_of(mask.bool()), mask.shape[1:], model.config.vision_config.patch_size)
 
 
 def _back(config: VisionLanguageConfig) -> dict[str, Any]:

@@ -13,7 +13,20 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 
 from vlmzoo import build
 from vlmzoo.connector import connectors
-from vlmzoo.interop import aria, blip, gemma, idefics3, internvl, janus, llava, mistral3, original, ovis2, qwen
+from vlmzoo.interop import (
+    aria,
+    blip,
+    gemma,
+    idefics3,
+    internvl,
+    janus,
+    llava,
+    llava_next,
+    mistral3,
+    original,
+    ovis2,
+    qwen,
+)
 from vlmzoo.interop.architecture import Architecture, UnsupportedError
 from vlmzoo.interop.weights import filled, refuse_faults, to_ours, to_theirs
 from vlmzoo.model import VisionLanguageConfig, VisionLanguageModel
@@ -25,6 +38,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         aria.ARIA,
         llava.LLAVA,
         llava.VIP_LLAVA,
+        llava_next.LLAVA_NEXT,
+        llava_next.LLAVA_ONEVISION,
         blip.BLIP_2,
         blip.INSTRUCT_BLIP,
         gemma.GEMMA_3,
@@ -63,7 +78,7 @@ class ImportedModel(VisionLanguageModel):
     def take_images(self, kwargs: dict[str, Any], pixel_values: Tensor | None) -> dict[str, Any]:
         if pixel_values is not None:
             kwargs["pixel_values"] = pixel_values
-        ARCHITECTURES[self.config.source].translate(kwargs, self.config)
+        ARCHITECTURES[self.config.source].translate(kwargs, self)
         return super().take_images(kwargs, kwargs.pop("pixel_values", None))
 
 

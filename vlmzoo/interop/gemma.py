@@ -10,7 +10,7 @@ import torch
 from vlmzoo.connector import NORMED
 from vlmzoo.interop.architecture import Architecture, expect, parts
 from vlmzoo.interop.weights import Rule, same
-from vlmzoo.model import VisionLanguageConfig
+from vlmzoo.model import VisionLanguageConfig, VisionLanguageModel
 
 
 def _paligemma(config: Any) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def _paligemma_rules(config: Any) -> list[Rule]:
     ]
 
 
-def _prefix(inputs: dict[str, Any], config: VisionLanguageConfig) -> None:
+def _prefix(inputs: dict[str, Any], model: VisionLanguageModel) -> None:
     if (kinds := inputs.pop("token_type_ids", None)) is not None:
         inputs["blocks"] = torch.where(kinds == 0, 0, -1)
 
@@ -69,7 +69,7 @@ def _gemma3_rules(config: Any) -> list[Rule]:
     ]
 
 
-def _images(inputs: dict[str, Any], config: VisionLanguageConfig) -> None:
+def _images(inputs: dict[str, Any], model: VisionLanguageModel) -> None:
     """Neighbouring tokens of images are a block."""
     if (kinds := inputs.pop("token_type_ids", None)) is not None:
         is_image = kinds == 1

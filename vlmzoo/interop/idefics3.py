@@ -11,7 +11,7 @@ from torch import Tensor
 from vlmzoo.connector import NORMED
 from vlmzoo.interop.architecture import Architecture, expect
 from vlmzoo.interop.weights import Rule, same
-from vlmzoo.model import VisionLanguageConfig
+from vlmzoo.model import VisionLanguageConfig, VisionLanguageModel
 
 PARTS = [
     same("model.vision_model.**", "vision.model.**"),
@@ -32,7 +32,7 @@ PERCEIVER = [
 ]
 
 
-def _whole_patches(inputs: dict[str, Any], config: VisionLanguageConfig) -> None:
+def _whole_patches(inputs: dict[str, Any], model: VisionLanguageModel) -> None:
     """Images (batch, images, 3, height, width) one behind the other, without those of zeros that fill the batch up.
 
     A patch is real where all of it is.
@@ -46,12 +46,12 @@ def _whole_patches(inputs: dict[str, Any], config: VisionLanguageConfig) -> None
         inputs["crop_sizes"] = sizes_of(mask.flatten(0, 1)[real].bool())
 
 
-def _partial_patches(inputs: dict[str, Any], config: VisionLanguageConfig) -> None:
+def _partial_patches(inputs: dict[str, Any], model: VisionLanguageModel) -> None:
     """The same, but a patch is real where any of it is."""
-    _whole_patches(inputs, config)
+    _whole_patches(inputs, model)
     if "crop_sizes" in inputs:
         full = inputs["pixel_values"].shape[-2:]
-        inputs["crop_sizes"] = rounded_up(inputs["crop_sizes"], full, config.vision_config.patch_size)
+        inputs["crop_sizes"] = rounded_up(inputs["crop_sizes"], full, model.config.vision_config.patch_size)
 
 
 def sizes_of(mask: Tensor) -> Tensor:

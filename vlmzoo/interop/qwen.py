@@ -11,7 +11,7 @@ from vlmzoo.connector import NORMED
 from vlmzoo.interop.architecture import Architecture, UnsupportedError, expect
 from vlmzoo.interop.weights import Rule, same
 from vlmzoo.language.positions import has_axes
-from vlmzoo.model import VisionLanguageConfig
+from vlmzoo.model import VisionLanguageConfig, VisionLanguageModel
 from vlmzoo.vision.blocks import to_crop
 
 PARTS = [
@@ -21,7 +21,7 @@ PARTS = [
 ]
 
 
-def _crops(inputs: dict[str, Any], config: VisionLanguageConfig) -> None:
+def _crops(inputs: dict[str, Any], model: VisionLanguageModel) -> None:
     """Patches of all images one behind the other (patches, channels · frames · patch²) as padded crops.
 
     Raises:
@@ -36,7 +36,7 @@ def _crops(inputs: dict[str, Any], config: VisionLanguageConfig) -> None:
         return
     if sizes is None:
         raise ValueError("pixel_values are patches, expected image_grid_thw with them")
-    vision: Any = config.vision_config
+    vision: Any = model.config.vision_config
     merge = vision.spatial_merge_size
     grids = [(height, width) for _, height, width in sizes.tolist()]
     counts = [height * width for height, width in grids]

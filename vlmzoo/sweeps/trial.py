@@ -14,12 +14,12 @@ from torch import nn
 
 from vlmzoo import build, world
 from vlmzoo.config import EvaluationConfig, RunConfig, Sight, config_hash, dump, load
-from vlmzoo.connector import Connector, ImageLayout
+from vlmzoo.connector import Connector
 from vlmzoo.evaluation.evaluate import evaluate, write_predictions
 from vlmzoo.evaluation.metrics import score
 from vlmzoo.files import locked, whole_folder, write_json, write_whole
 from vlmzoo.model import VisionLanguageModel
-from vlmzoo.processor import VisionLanguageProcessor
+from vlmzoo.processor import Layouts, VisionLanguageProcessor
 from vlmzoo.samples import SampleSet
 from vlmzoo.sweeps.manifest import manifest
 from vlmzoo.sweeps.metrics import read_metrics
@@ -197,7 +197,7 @@ def num_trainable(connector: Connector) -> int:
 def num_visual_tokens(model: VisionLanguageModel) -> int:
     """The places in the LLM's input that one image of the encoder's own size takes."""
     size = model.vision.image_size
-    return model.num_tokens(ImageLayout((model.vision.grid(size, size),), (size, size)))
+    return model.num_tokens(Layouts.of(model).of_image((size, size)))
 
 
 def peak_memory_bytes() -> int:
