@@ -86,6 +86,18 @@ def own_indicators(ours: Any, inputs: dict[str, Any]) -> None:
     ours.get_input_embeddings().weight.data[91:93] = 0.5
 
 
+def without_newlines(ours: Any, inputs: dict[str, Any]) -> None:
+    """Rows of tiles that nothing ends."""
+    ours.connector.newline.data.zero_()
+
+
+def turned(ours: Any, inputs: dict[str, Any]) -> None:
+    """Rows taken for columns where positions are counted."""
+    module = getattr(ours.connector, "inner", ours.connector)
+    grid_of = module.output_grid
+    module.output_grid = lambda grid: grid_of(grid)[::-1]
+
+
 KEY, VALUE = (f"connector.inner.attention.{part}.weight" for part in ("key", "value"))
 FAULTS: dict[str, list[Fault]] = {
     "aria": [layer(-2), without("pixel_mask"), swapped(KEY, VALUE), unnormed("inner.memory_norm")],
@@ -105,6 +117,11 @@ FAULTS: dict[str, list[Fault]] = {
     "paligemma_2": [causal],
     "gemma3": [layer(-1), causal, other_blocks, unnormed("inner.norm")],
     "ovis2": [layer(-1), own_indicators, unnormed("inner.norm")],
+    "llava_next": [layer(-3), tanh_gelu, without_newlines],
+    "llava_onevision": [layer(-2), tanh_gelu, without_newlines],
+    "qwen2_vl": [layer(-2), turned, tanh_gelu, unnormed("inner.merger.norm")],
+    "qwen2_5_vl": [layer(-2), turned, tanh_gelu, unnormed("inner.merger.norm")],
+    "qwen3_vl": [turned, tanh_gelu, swapped("connector.depths.0.norm.weight", "connector.depths.1.norm.weight")],
     "internvl": [layer(-1), unnormed("inner.norm"), tanh_gelu],
 }
 PLANTED = [(name, index) for name, faults in FAULTS.items() for index in range(len(faults))]
