@@ -15,6 +15,10 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     CLIPImageProcessorPil,
+    CLIPVisionModel,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
     SiglipImageProcessorPil,
 )
@@ -66,6 +70,24 @@ def write_models(folder: Path) -> Path:
         AutoModelForCausalLM.from_config(AutoConfig.for_model(**values)).save_pretrained(folder / name)
         tokenizer().save_pretrained(folder / name)
     return folder
+
+
+def write_llava(folder: Path) -> Path:
+    """`llava` below a folder that `write_models` filled: its `clip` and `llama`, as transformers saves the whole."""
+    vision = CLIPVisionModel.from_pretrained(folder / "clip")
+    language = LlamaForCausalLM.from_pretrained(folder / "llama")
+    words = tokenizer()
+    words.add_special_tokens({"extra_special_tokens": ["<image>"]})
+    image = words.get_vocab()["<image>"]
+    whole = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision.config, text_config=language.config, image_token_id=image)
+    )
+    whole.model.vision_tower.load_state_dict(vision.state_dict())
+    whole.save_pretrained(folder / "llava")
+    words.save_pretrained(folder / "llava")
+    processor = "preprocessor_config.json"
+    (folder / "llava" / processor).write_bytes((folder / "clip" / processor).read_bytes())
+    return folder / "llava"
 
 
 def write_data(folder: Path, count: int = 16) -> Path:

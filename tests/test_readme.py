@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoints import write_data, write_models
+from tests.checkpoints import write_data, write_llava, write_models
 from vlmzoo.sweeps.table import render
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A clone as the README's commands find it, and checkpoints and data as its user has them."""
     folder = tmp_path_factory.mktemp("clone")
     (folder / "experiments").symlink_to(ROOT / "experiments")
-    write_models(folder / "checkpoints")
+    write_llava(write_models(folder / "checkpoints"))
     data = write_data(folder / "data")
     for name in ("train", "questions"):
         shutil.copy(data, folder / "data" / f"{name}.json")
@@ -61,15 +61,17 @@ def test_every_block_runs(folder: Path, environment: dict[str, str]) -> None:
         if named:
             (folder / named[1]).write_text(text)
         elif language == "python":
-            printed["python"] = run([sys.executable, "-c", text], folder, environment)
+            printed[text] = run([sys.executable, "-c", text], folder, environment)
+            assert printed[text].strip()
         elif language == "bash":
             for line in text.splitlines():
                 if line not in NOT_RUN:
                     printed[line] = run(["bash", "-c", line], folder, environment)
-    (evaluated,) = (output for line, output in printed.items() if "eval" in line)
+    (evaluated,) = (output for line, output in printed.items() if line.startswith("vlmzoo eval"))
     result = json.loads((folder / "runs" / "quick" / "result.json").read_text())
     assert json.loads(evaluated)["tasks"] == result["evaluation"]
-    assert printed["python"].strip()
+    assert json.loads((folder / "exported" / "config.json").read_text())["model_type"] == "llava"
+    assert json.loads((folder / "runs" / "transplant" / "result.json").read_text())["connector"] == "average_pool"
     assert len(json.loads((folder / "runs" / "mine" / "summary.json").read_text())["rows"]) == 2
     assert "strided" in printed[next(line for line in printed if "--dry-run" in line)]
 

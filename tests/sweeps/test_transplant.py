@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import CLIPVisionModel, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 import vlmzoo
-from tests.checkpoints import tokenizer, write_data, write_models
+from tests.checkpoints import write_data, write_llava, write_models
 from vlmzoo.cli import main
 from vlmzoo.model import VisionLanguageModel
 from vlmzoo.processor import VisionLanguageProcessor
@@ -23,27 +22,13 @@ SHORT = [*OPTIONS, "connector.options.num_heads=2", "stages.align.batch_size=4"]
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """A LLaVA as transformers saves it, with its tokenizer and image processor, and captions beside it."""
-    models = write_models(tmp_path / "models")
     write_data(tmp_path)
-    vision = CLIPVisionModel.from_pretrained(models / "clip")
-    language = LlamaForCausalLM.from_pretrained(models / "llama")
-    words = tokenizer()
-    words.add_special_tokens({"extra_special_tokens": ["<image>"]})
-    config = LlavaConfig(
-        vision_config=vision.config, text_config=language.config, image_token_id=words.get_vocab()["<image>"]
-    )
-    theirs = LlavaForConditionalGeneration(config)
-    theirs.model.vision_tower.load_state_dict(vision.state_dict())
-    theirs.save_pretrained(tmp_path / "llava")
-    words.save_pretrained(tmp_path / "llava")
-    (tmp_path / "llava" / "preprocessor_config.json").write_bytes(
-        (models / "clip" / "preprocessor_config.json").read_bytes()
-    )
-    return tmp_path / "llava"
+    return write_llava(write_models(tmp_path / "models"))
 
 
 def command(source: Path, connector: str = "qformer") -> list[str]:
-    data, out = str(source.parent / "captions.json"), str(source.parent / "out")
+    folder = source.parents[1]
+    data, out = str(folder / "captions.json"), str(folder / "out")
     return ["transplant", str(source), "--connector", connector, "--data", data, "--out", out]
 
 
@@ -51,7 +36,7 @@ def test_encoder_and_llm_stay_and_the_new_connector_learns(
     source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main([*command(source), *SHORT, "stages.align.epochs=2"]) == 0
-    out = source.parent / "out"
+    out = source.parents[1] / "out"
     assert f"{out / 'model'}: qformer" in capsys.readouterr().out
     before, after = vlmzoo.load(source), VisionLanguageModel.from_pretrained(out / "model")
     for part in ("vision", "language"):
@@ -75,7 +60,7 @@ def test_encoder_and_llm_stay_and_the_new_connector_learns(
 def test_mistakes_are_one_line(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(source, "qformr")) == 2
     assert "did you mean 'qformer'?" in capsys.readouterr().err
-    assert not (source.parent / "out").exists()
+    assert not (source.parents[1] / "out").exists()
     (source / "preprocessor_config.json").unlink()
     assert main(command(source)) == 2
     assert "image processor" in capsys.readouterr().err
