@@ -270,8 +270,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         )
         return arrange(self.connector(visual), samples, slots)
 
-    def take_images(self, kwargs: dict[str, Any], pixel_values: Tensor | None) -> dict[str, Any]:
-        """The images' inputs, taken out of a call's keywords; none where no image is passed."""
+    def take_images(self, kwargs: dict[str, Any], pixel_values: Tensor | None, input_ids: Tensor) -> dict[str, Any]:
+        """The inputs of the images of a prompt, taken out of a call's keywords; none where no image is passed."""
         images = {"pixel_values": pixel_values, **{key: kwargs.pop(key) for key in IMAGE_INPUTS if key in kwargs}}
         return {} if images["pixel_values"] is None and images.get("image_features") is None else images
 
@@ -302,7 +302,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             labels: (batch, length), -100 where there is no target. The loss is the sum over targets divided by
                 `num_items_in_batch`, or by their own number. Logits then are only those of supervised positions.
         """
-        images = self.take_images(kwargs, pixel_values)
+        images = self.take_images(kwargs, pixel_values, input_ids)
         if visual is None and images:
             visual = self.encode_images(input_ids, **images)
         is_image = input_ids == self.config.image_token_id
@@ -368,7 +368,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         Args:
             pixel_values: and whatever else `encode_images` takes (`IMAGE_INPUTS`).
         """
-        if images := self.take_images(kwargs, pixel_values):
+        if images := self.take_images(kwargs, pixel_values, input_ids):
             kwargs["visual"] = self.encode_images(input_ids, **images)
         if self.config.image_token_id < self.text_spec.vocab_size:
             kwargs.setdefault("suppress_tokens", [self.config.image_token_id])

@@ -57,6 +57,11 @@ VARIANTS = [
     ("prumerge", {"num_neighbours": 3}),
     ("deepstack", {}),
     ("mllama", {}),
+    (
+        "idefics",
+        {"num_latents": 5, "num_resampler_layers": 2, "num_resampler_heads": 3, "resampler_head_dim": 6, "every": 2},
+    ),
+    ("idefics", {"resampler": False, "qk_norm": False}),
 ]
 
 

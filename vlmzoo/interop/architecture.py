@@ -17,7 +17,7 @@ class UnsupportedError(ValueError):
     """A model of a known class, with a setting that our connector does not have."""
 
 
-def _as_they_are(inputs: dict[str, Any]) -> None:
+def _as_they_are(inputs: dict[str, Any], config: VisionLanguageConfig) -> None:
     pass
 
 
@@ -29,16 +29,17 @@ class Architecture:
     connector: the name of ours.
     config: what `VisionLanguageConfig` takes for a configuration of theirs; raises `UnsupportedError`.
     rules: the weights of a model with that configuration.
-    translate: makes the original's keywords those of `VisionLanguageModel.forward`, in place.
-    back: a configuration of theirs, as values, for one of ours; raises `UnsupportedError`. None: the class has parts
-        that ours does not keep.
+    translate: makes the original's keywords, with `input_ids` among them, those of `VisionLanguageModel.forward`, in
+        place.
+    back: a configuration of theirs, as values, for one of ours (a value of None: theirs has no such part); raises
+        `UnsupportedError`. None: the class has parts that ours does not keep.
     """
 
     model: str
     connector: str
     config: Callable[[Any], dict[str, Any]]
     rules: Callable[[Any], Sequence[Rule]]
-    translate: Callable[[dict[str, Any]], None] = _as_they_are
+    translate: Callable[[dict[str, Any], VisionLanguageConfig], None] = _as_they_are
     back: Callable[[VisionLanguageConfig], Mapping[str, Any]] | None = None
 
 

@@ -65,7 +65,7 @@ def _instruct_rules(config: Any) -> list[Rule]:
     ]
 
 
-def _instruction(inputs: dict[str, Any]) -> None:
+def _instruction(inputs: dict[str, Any], config: VisionLanguageConfig) -> None:
     ids, mask = inputs.pop("qformer_input_ids", None), inputs.pop("qformer_attention_mask", None)
     if ids is not None:
         inputs["instruction_ids"] = ids

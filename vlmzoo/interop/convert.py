@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 
 from vlmzoo import build
 from vlmzoo.connector import connectors
-from vlmzoo.interop import blip, idefics3, internvl, janus, llava, mistral3
+from vlmzoo.interop import blip, idefics, idefics3, internvl, janus, llava, mistral3
 from vlmzoo.interop.architecture import Architecture, UnsupportedError
 from vlmzoo.interop.weights import to_ours, to_theirs
 from vlmzoo.model import VisionLanguageConfig, VisionLanguageModel
@@ -27,6 +27,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         llava.VIP_LLAVA,
         blip.BLIP_2,
         blip.INSTRUCT_BLIP,
+        idefics.IDEFICS,
         idefics3.IDEFICS_2,
         idefics3.IDEFICS_3,
         idefics3.SMOLVLM,
@@ -54,11 +55,13 @@ class ImportedModel(VisionLanguageModel):
     config: ImportedConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     config_class = ImportedConfig
 
-    def take_images(self, kwargs: dict[str, Any], pixel_values: Tensor | None) -> dict[str, Any]:
+    def take_images(self, kwargs: dict[str, Any], pixel_values: Tensor | None, input_ids: Tensor) -> dict[str, Any]:
+        kwargs["input_ids"] = input_ids
         if pixel_values is not None:
             kwargs["pixel_values"] = pixel_values
-        ARCHITECTURES[self.config.source].translate(kwargs)
-        return super().take_images(kwargs, kwargs.pop("pixel_values", None))
+        ARCHITECTURES[self.config.source].translate(kwargs, self.config)
+        del kwargs["input_ids"]
+        return super().take_images(kwargs, kwargs.pop("pixel_values", None), input_ids)
 
 
 def from_hf(model: PreTrainedModel) -> ImportedModel:
@@ -78,12 +81,12 @@ def from_hf(model: PreTrainedModel) -> ImportedModel:
     tied = output is not None and output.weight is input_embeddings.weight
     build.load_connectors()
     config = ImportedConfig(
-        source=architecture.model,
-        vision_config=model.config.vision_config,
-        text_config=_with_ties(model.config.get_text_config(), tied),
-        image_token_id=model.config.image_token_id,
         **{
+            "source": architecture.model,
+            "vision_config": model.config.vision_config,
+            "image_token_id": getattr(model.config, "image_token_id", None),
             **values,
+            "text_config": _with_ties(values.get("text_config", model.config.get_text_config()), tied),
             "connector": architecture.connector,
             "connector_options": connectors.resolve(architecture.connector, values.get("connector_options", {})),
         },
@@ -119,7 +122,7 @@ def to_hf(model: VisionLanguageModel) -> PreTrainedModel:
                 **architecture.back(config),
             }
             weights = dict(model.named_parameters()) | dict(_persistent_buffers(model))
-            their_config = theirs.config_class(**values)
+            their_config = theirs.config_class(**{key: value for key, value in values.items() if value is not None})
             exported = _filled(theirs, their_config, to_theirs(weights, architecture.rules(their_config)), model.dtype)
         except UnsupportedError as error:
             reasons.append(f"{architecture.model}: {error}")

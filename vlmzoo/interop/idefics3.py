@@ -31,7 +31,7 @@ PERCEIVER = [
 ]
 
 
-def _crops(inputs: dict[str, Any]) -> None:
+def _crops(inputs: dict[str, Any], config: VisionLanguageConfig) -> None:
     """Images (batch, images, 3, height, width) one behind the other, without those of zeros that fill the batch up."""
     pixels, mask = inputs.pop("pixel_values", None), inputs.pop("pixel_attention_mask", None)
     if pixels is None:

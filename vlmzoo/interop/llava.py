@@ -29,7 +29,7 @@ def _llava_rules(config: Any) -> list[Rule]:
     ]
 
 
-def sized_crops(inputs: dict[str, Any]) -> None:
+def sized_crops(inputs: dict[str, Any], config: VisionLanguageConfig) -> None:
     """Pixtral's crops have sizes of their own."""
     if (sizes := inputs.pop("image_sizes", None)) is not None:
         inputs["crop_sizes"] = torch.as_tensor(sizes)
