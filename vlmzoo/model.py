@@ -38,6 +38,7 @@ IMAGE_INPUTS = (
     "image_features",
     "num_crops",
     "crop_sizes",
+    "tilings",
     "image_sizes",
     "token_budget",
     "instruction_ids",
@@ -215,6 +216,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         *,
         num_crops: Tensor | None = None,
         crop_sizes: Tensor | None = None,
+        tilings: Tensor | None = None,
         image_sizes: Tensor | None = None,
         token_budget: Tensor | None = None,
         instruction_ids: Tensor | None = None,
@@ -228,6 +230,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             image_features: what `vision.encode` gave for them.
             num_crops: (images,), where an image has several.
             crop_sizes: (crops, 2), height and width in pixels, where crops are padded on the right and below.
+            tilings: (images, 2), rows and columns of crops, for an encoder with a fixed number of places for them; the
+                image's other crops are empty.
             image_sizes: (images, 2), height and width in pixels of the originals, for connectors that need them.
             token_budget: (images,), for connectors that can make fewer tokens of an image than they might.
             instruction_ids, instruction_mask: (images, length), for connectors that read the instruction.
@@ -238,17 +242,18 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         request = self.connector.requires
         if image_features is None:
             assert pixel_values is not None
-            image_features = self.vision.encode(pixel_values, request, _pairs(crop_sizes))
+            image_features = self.vision.encode(pixel_values, request, _pairs(crop_sizes), _pairs(tilings))
         grids = iter(image_features[0].grids)
         crops = [1] * len(image_features[0].grids) if num_crops is None else num_crops.tolist()
         budgets = [None] * len(crops) if token_budget is None else token_budget.tolist()
         sizes = _pairs(image_sizes) or [None] * len(crops)
-        for name, given in (("token_budget", budgets), ("image_sizes", sizes)):
+        tiled = _pairs(tilings) or [None] * len(crops)
+        for name, given in (("token_budget", budgets), ("image_sizes", sizes), ("tilings", tiled)):
             if len(given) != len(crops):
                 raise ValueError(f"{name} is given for {len(given)} of {len(crops)} images")
         layouts = [
-            ImageLayout(tuple(next(grids) for _ in range(count)), size, budget)
-            for count, size, budget in zip(crops, sizes, budgets, strict=True)
+            ImageLayout(tuple(next(grids) for _ in range(count)), size, budget, tiling)
+            for count, size, budget, tiling in zip(crops, sizes, budgets, tiled, strict=True)
         ]
         instruction = None
         if request.instruction:

@@ -57,6 +57,7 @@ VARIANTS = [
     ("prumerge", {"num_neighbours": 3}),
     ("deepstack", {}),
     ("mllama", {}),
+    ("mllama", {"before": (0, 2)}),
     (
         "idefics",
         {"num_latents": 5, "num_resampler_layers": 2, "num_resampler_heads": 3, "resampler_head_dim": 6, "every": 2},

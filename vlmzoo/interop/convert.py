@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 
 from vlmzoo import build
 from vlmzoo.connector import connectors
-from vlmzoo.interop import blip, idefics, idefics3, internvl, janus, llava, mistral3
+from vlmzoo.interop import blip, idefics, idefics3, internvl, janus, llava, mistral3, mllama
 from vlmzoo.interop.architecture import Architecture, UnsupportedError
 from vlmzoo.interop.weights import to_ours, to_theirs
 from vlmzoo.model import VisionLanguageConfig, VisionLanguageModel
@@ -34,6 +34,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         internvl.INTERNVL,
         janus.JANUS,
         mistral3.MISTRAL_3,
+        mllama.MLLAMA,
     )
 }
 """By the names of transformers' classes."""

@@ -7,7 +7,16 @@ from typing import Any
 from transformers import CLIPVisionConfig
 
 from vlmzoo.interop.architecture import Architecture, expect
-from vlmzoo.interop.interleaved import check_seen, last_image, marked_embedding, of_llama, plain_llama, real_images
+from vlmzoo.interop.interleaved import (
+    BLOCK,
+    check_seen,
+    has_row,
+    last_image,
+    marked_embedding,
+    of_llama,
+    plain_llama,
+    real_images,
+)
 from vlmzoo.interop.weights import Rule, same, stacked
 from vlmzoo.model import VisionLanguageConfig
 from vlmzoo.vision.towers import image_side
@@ -26,19 +35,7 @@ VISION = (
     "initializer_factor",
 )
 """What CLIP's tower and theirs, the same one, are configured by, beside its width."""
-BLOCK = [
-    ("input_layernorm", "attention_norm"),
-    ("cross_attn.q_proj", "attention.query"),
-    ("cross_attn.k_proj", "attention.key"),
-    ("cross_attn.v_proj", "attention.value"),
-    ("cross_attn.o_proj", "attention.out"),
-    ("cross_attn.q_layer_norm", "attention.query_norm"),
-    ("cross_attn.k_layer_norm", "attention.key_norm"),
-    ("post_attention_layernorm", "feed_forward_norm"),
-    ("mlp.gate_proj", "feed_forward.gate"),
-    ("mlp.up_proj", "feed_forward.up"),
-    ("mlp.down_proj", "feed_forward.down"),
-]
+QK_NORM = [("cross_attn.q_layer_norm", "attention.query_norm"), ("cross_attn.k_layer_norm", "attention.key_norm")]
 RESAMPLER = [
     ("0.context_layer_norm", "media_norm"),
     ("0.latents_layer_norm", "latent_norm"),
@@ -54,17 +51,21 @@ RESAMPLER = [
 ]
 
 
+def _published(vocab_size: int) -> int:
+    """The image token's id in published vocabularies, which add `<fake_token_around_image>` to Llama's, then it."""
+    return vocab_size + 1
+
+
 def _image_token_id(config: Any) -> int:
-    """Of a configuration of theirs, which need not say it: published vocabularies add `<fake_token_around_image>` to
-    Llama's, then `<image>`."""
-    return getattr(config, "image_token_id", config.vocab_size + 1)
+    """Of a configuration of theirs, which need not say it."""
+    return getattr(config, "image_token_id", _published(config.vocab_size))
 
 
 def _config(config: Any) -> dict[str, Any]:
     expect(config.alpha_type, "float", "alpha_type")
     expect(config.num_hidden_layers % config.cross_layer_interval, 0, "num_hidden_layers % cross_layer_interval")
     vocab_size, image = config.vocab_size + config.additional_vocab_size, _image_token_id(config)
-    expect(0 <= image < vocab_size, True, f"image_token_id {image} within a vocabulary of {vocab_size}")
+    has_row(image, vocab_size)
     vision, perceiver = config.vision_config, config.perceiver_config
     return {
         "vision_config": CLIPVisionConfig(
@@ -102,7 +103,7 @@ def _rules(config: Any) -> list[Rule]:
         same("model.norm.**", "language.model.norm.**"),
         marked_embedding(embedding, _image_token_id(config), rows=config.vocab_size + additional),
         stacked(head, "language.lm_head.weight"),
-        *(same(f"{a}.{theirs}.**", f"{b}.{ours}.**") for a, b in blocks.items() for theirs, ours in BLOCK),
+        *(same(f"{a}.{theirs}.**", f"{b}.{ours}.**") for a, b in blocks.items() for theirs, ours in BLOCK + QK_NORM),
         *(same(f"{a}.alpha_cross_attn", f"{b}.attention_gate") for a, b in blocks.items()),
         *(same(f"{a}.alpha_dense", f"{b}.feed_forward_gate") for a, b in blocks.items()),
         same(f"{resampler}.latents", "connector.resampler.latents"),
@@ -142,14 +143,16 @@ def _back(config: VisionLanguageConfig) -> dict[str, Any]:
     expect(config.vision_layer, -1, "the encoder's layer")
     expect(text.num_key_value_heads, text.num_attention_heads, "the LLM's num_key_value_heads")
     expect(text.num_hidden_layers % options["every"], 0, "the LLM's num_hidden_layers modulo the connector's every")
-    expect(config.image_token_id < text.vocab_size, True, f"image_token_id {config.image_token_id} in the vocabulary")
+    has_row(config.image_token_id, text.vocab_size)
     additional = getattr(text, "additional_vocab_size", 0)
+    vocab_size = text.vocab_size - additional
     llama = {key: value for key, value in of_llama(config).items() if key != "num_key_value_heads"}
     return {
         **llama,
         "text_config": None,
         "vision_config": {"embed_dim": vision.hidden_size, **{name: getattr(vision, name) for name in VISION}},
-        "vocab_size": text.vocab_size - additional,
+        "vocab_size": vocab_size,
+        "image_token_id": None if config.image_token_id == _published(vocab_size) else config.image_token_id,
         "additional_vocab_size": additional,
         "cross_layer_interval": options["every"],
         "qk_layer_norms": options["qk_norm"],

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from vlmzoo.interop.architecture import expect
+from vlmzoo.interop.architecture import UnsupportedError, expect
 from vlmzoo.interop.weights import Rule, Tensors
 from vlmzoo.model import VisionLanguageConfig
 
@@ -31,6 +31,19 @@ LLAMA = (
     "rope_parameters",
 )
 """What a Llama and decoders made of its layers are configured by."""
+
+BLOCK = [
+    ("input_layernorm", "attention_norm"),
+    ("cross_attn.q_proj", "attention.query"),
+    ("cross_attn.k_proj", "attention.key"),
+    ("cross_attn.v_proj", "attention.value"),
+    ("cross_attn.o_proj", "attention.out"),
+    ("post_attention_layernorm", "feed_forward_norm"),
+    ("mlp.gate_proj", "feed_forward.gate"),
+    ("mlp.up_proj", "feed_forward.up"),
+    ("mlp.down_proj", "feed_forward.down"),
+]
+"""What a cross-attention layer of theirs and a block of ours call their parts."""
 
 
 def plain_llama(config: Any, **changed: Any) -> LlamaConfig:
@@ -70,6 +83,12 @@ def marked_embedding(theirs: Mapping[str, int], image_token_id: int, rows: int) 
         return whole.split(list(theirs.values()))
 
     return Rule(tuple(theirs), ("language.model.embed_tokens.weight", "connector.marker"), to_ours, to_theirs)
+
+
+def has_row(image_token_id: int, rows: int) -> None:
+    """Raises `UnsupportedError` where the image's token has no row in their embedding."""
+    if not 0 <= image_token_id < rows:
+        raise UnsupportedError(f"image_token_id is {image_token_id}, expected one from 0 to {rows - 1}")
 
 
 def real_images(input_ids: Tensor, image_token_id: int, most: int) -> Tensor:
