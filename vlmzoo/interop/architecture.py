@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from vlmzoo.interop.weights import Rule, same
-from vlmzoo.model import VisionLanguageConfig
+from vlmzoo.model import VisionLanguageConfig, VisionLanguageModel
 from vlmzoo.vision.towers import tower
 
 
@@ -17,7 +17,7 @@ class UnsupportedError(ValueError):
     """A model of a known class, with a setting that our connector does not have."""
 
 
-def _as_they_are(inputs: dict[str, Any], config: VisionLanguageConfig) -> None:
+def _as_they_are(inputs: dict[str, Any], model: VisionLanguageModel) -> None:
     pass
 
 
@@ -29,8 +29,7 @@ class Architecture:
     connector: the name of ours.
     config: what `VisionLanguageConfig` takes for a configuration of theirs; raises `UnsupportedError`.
     rules: the weights of a model with that configuration.
-    translate: makes the original's keywords, with `input_ids` among them, those of `VisionLanguageModel.forward`, in
-        place.
+    translate: makes the original's keywords, `input_ids` among them, those of our model's `forward`, in place.
     back: a configuration of theirs, as values, for one of ours (a value of None: theirs has no such part); raises
         `UnsupportedError`. None: the class has parts that ours does not keep.
     """
@@ -39,7 +38,7 @@ class Architecture:
     connector: str
     config: Callable[[Any], dict[str, Any]]
     rules: Callable[[Any], Sequence[Rule]]
-    translate: Callable[[dict[str, Any], VisionLanguageConfig], None] = _as_they_are
+    translate: Callable[[dict[str, Any], VisionLanguageModel], None] = _as_they_are
     back: Callable[[VisionLanguageConfig], Mapping[str, Any]] | None = None
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from vlmzoo.interop.architecture import Architecture, expect
 from vlmzoo.interop.weights import Rule, copied, same, without_first
-from vlmzoo.model import VisionLanguageConfig
+from vlmzoo.model import VisionLanguageConfig, VisionLanguageModel
 
 ATTENTION = [
     ("attention.output.dense", "self_attention.attention.out"),
@@ -65,7 +65,7 @@ def _instruct_rules(config: Any) -> list[Rule]:
     ]
 
 
-def _instruction(inputs: dict[str, Any], config: VisionLanguageConfig) -> None:
+def _instruction(inputs: dict[str, Any], model: VisionLanguageModel) -> None:
     ids, mask = inputs.pop("qformer_input_ids", None), inputs.pop("qformer_attention_mask", None)
     if ids is not None:
         inputs["instruction_ids"] = ids

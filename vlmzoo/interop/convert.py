@@ -60,7 +60,7 @@ class ImportedModel(VisionLanguageModel):
         kwargs["input_ids"] = input_ids
         if pixel_values is not None:
             kwargs["pixel_values"] = pixel_values
-        ARCHITECTURES[self.config.source].translate(kwargs, self.config)
+        ARCHITECTURES[self.config.source].translate(kwargs, self)
         del kwargs["input_ids"]
         return super().take_images(kwargs, kwargs.pop("pixel_values", None), input_ids)
 

@@ -18,7 +18,7 @@ from vlmzoo.interop.interleaved import (
     real_images,
 )
 from vlmzoo.interop.weights import Rule, same, stacked
-from vlmzoo.model import VisionLanguageConfig
+from vlmzoo.model import VisionLanguageConfig, VisionLanguageModel
 from vlmzoo.vision.towers import image_side
 
 VISION = (
@@ -115,7 +115,7 @@ def _rules(config: Any) -> list[Rule]:
     ]
 
 
-def _images(inputs: dict[str, Any], config: VisionLanguageConfig) -> None:
+def _images(inputs: dict[str, Any], model: VisionLanguageModel) -> None:
     """Images (batch, images, 3, height, width) one behind the other, where their mask (batch, length, images) is ours.
 
     Raises:
@@ -124,6 +124,7 @@ def _images(inputs: dict[str, Any], config: VisionLanguageConfig) -> None:
     pixels, mask = inputs.pop("pixel_values", None), inputs.pop("image_attention_mask", None)
     if pixels is None:
         return
+    config = model.config
     side = image_side(config.vision_config)
     if tuple(pixels.shape[-2:]) != (side, side):  # their interpolation is not CLIP's
         raise ValueError(

@@ -10,7 +10,7 @@ from torch import Tensor
 from vlmzoo.connector import NORMED
 from vlmzoo.interop.architecture import Architecture, expect
 from vlmzoo.interop.weights import Rule, same
-from vlmzoo.model import VisionLanguageConfig
+from vlmzoo.model import VisionLanguageConfig, VisionLanguageModel
 
 PARTS = [
     same("model.vision_model.**", "vision.model.**"),
@@ -31,7 +31,7 @@ PERCEIVER = [
 ]
 
 
-def _crops(inputs: dict[str, Any], config: VisionLanguageConfig) -> None:
+def _crops(inputs: dict[str, Any], model: VisionLanguageModel) -> None:
     """Images (batch, images, 3, height, width) one behind the other, without those of zeros that fill the batch up."""
     pixels, mask = inputs.pop("pixel_values", None), inputs.pop("pixel_attention_mask", None)
     if pixels is None:

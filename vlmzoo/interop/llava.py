@@ -9,7 +9,7 @@ import torch
 from vlmzoo.connector import NORMED
 from vlmzoo.interop.architecture import Architecture, UnsupportedError, expect, parts, without_cls
 from vlmzoo.interop.weights import Rule, same
-from vlmzoo.model import VisionLanguageConfig
+from vlmzoo.model import VisionLanguageConfig, VisionLanguageModel
 from vlmzoo.vision.towers import tower
 
 
@@ -29,7 +29,7 @@ def _llava_rules(config: Any) -> list[Rule]:
     ]
 
 
-def sized_crops(inputs: dict[str, Any], config: VisionLanguageConfig) -> None:
+def sized_crops(inputs: dict[str, Any], model: VisionLanguageModel) -> None:
     """Pixtral's crops have sizes of their own."""
     if (sizes := inputs.pop("image_sizes", None)) is not None:
         inputs["crop_sizes"] = torch.as_tensor(sizes)

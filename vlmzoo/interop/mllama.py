@@ -19,7 +19,7 @@ from vlmzoo.interop.interleaved import (
     real_images,
 )
 from vlmzoo.interop.weights import Rule, same
-from vlmzoo.model import VisionLanguageConfig
+from vlmzoo.model import VisionLanguageConfig, VisionLanguageModel
 
 QK_NORM = [("cross_attn.q_norm", "attention.query_norm"), ("cross_attn.k_norm", "attention.key_norm")]
 EXTRA_TOKENS = 8  # rows of their embedding behind the vocabulary: the image token's, and some that no token has
@@ -73,7 +73,7 @@ def _rules(config: Any) -> list[Rule]:
     ]
 
 
-def _tiles(inputs: dict[str, Any], config: VisionLanguageConfig) -> None:
+def _tiles(inputs: dict[str, Any], model: VisionLanguageModel) -> None:
     """Tiles (batch, images, tiles, 3, height, width) one behind the other, where the masks are those of our layers.
 
     Raises:
@@ -85,6 +85,7 @@ def _tiles(inputs: dict[str, Any], config: VisionLanguageConfig) -> None:
         return
     if ids is None or shown is None or seen is None:
         raise ValueError(f"pixel_values were passed without {' or '.join(names)}, which Mllama reads")
+    config = model.config
     text, image, (most, tiles) = inputs["input_ids"], config.image_token_id, pixels.shape[1:3]
     real = real_images(text, image, most)
     tilings = torch.tensor([(0, 0), *config.vision_config.supported_aspect_ratios], device=ids.device)[ids]

@@ -39,7 +39,7 @@ class VisionEncoder(nn.Module):
         self.num_prefix = self.tower.num_prefix(config)
         self.num_tiles = config.max_num_tiles if self.tower.tiled else 1
         self.spec = VisionSpec(
-            hidden_size=self.tower.width(config),
+            hidden_size=getattr(config, self.tower.width),
             num_layers=config.num_hidden_layers,
             num_heads=config.num_attention_heads,
             norm_eps=getattr(config, "layer_norm_eps", None) or getattr(config, "rms_norm_eps", 1e-5),

@@ -32,7 +32,7 @@ class Tower:
     arrange: from what it gives, those grids and that of the padded crops, to (crops, patches, dim) with each crop's own
         patches first, row by row; None: it gives that.
     tiled: whether it encodes all crops of an image together, always `max_num_tiles` of them, some of which are empty.
-    width: of its features.
+    width: what its configuration calls the width of its features.
     hidden_states: whether features of single layers can be read, beside what it gives.
     """
 
@@ -43,7 +43,7 @@ class Tower:
     mixed: bool = False
     arrange: Arrange | None = None
     tiled: bool = False
-    width: Callable[[PreTrainedConfig], int] = lambda config: config.hidden_size
+    width: str = "hidden_size"
     hidden_states: bool = True
 
     @property
@@ -195,7 +195,7 @@ TOWERS: dict[str, Tower] = {
         _cls,
         arrange=_from_tiles,
         tiled=True,
-        width=lambda config: config.vision_output_dim,
+        width="vision_output_dim",
         hidden_states=False,
     ),
     "pixtral": Tower("pixtral", "PixtralVisionModel", _sized, mixed=True, arrange=_from_packed),
