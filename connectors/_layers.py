@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -152,7 +153,7 @@ def image_memory(visual: VisualInput, *, cls: bool = False) -> tuple[Tensor, Ten
     """All crops of each image one behind the other, (images, tokens, vision_dim), and which are real, (images, tokens).
 
     Several layers stand side by side, in the last dimension. With `cls` that token stands before the patches of its
-    crop. What is not real is 0.
+    crop. Padding is 0; a crop behind those that tile its image is what the encoder makes of it, and not real.
     """
     mask = visual.maps[0].mask
     values = side_by_side(visual).masked_fill(~mask[..., None], 0)
@@ -160,6 +161,13 @@ def image_memory(visual: VisualInput, *, cls: bool = False) -> tuple[Tensor, Ten
         tokens = [features.cls for features in visual.maps if features.cls is not None]
         values = torch.cat([torch.cat(tokens, -1)[:, None], values], 1)
         mask = F.pad(mask, (1, 0), value=True)
+    if any(layout.tiling for layout in visual.layouts):
+        shown = [
+            layout.tiling is None or crop < math.prod(layout.tiling)
+            for layout in visual.layouts
+            for crop in range(layout.num_crops)
+        ]
+        mask = mask & torch.tensor(shown, device=mask.device)[:, None]
     if len(values) == visual.num_images:
         return values, mask
     crops = [layout.num_crops for layout in visual.layouts]

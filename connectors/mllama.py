@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from vlmzoo.connector import (
     FeatureRequest,
     ImageLayout,
     InLLMLayer,
+    Layer,
     LayerContext,
     TextSpec,
     VisionSpec,
@@ -22,18 +24,28 @@ from vlmzoo.connector import (
 )
 from vlmzoo.connectors._layers import BlockShape, at_least_one, image_memory
 from vlmzoo.connectors.gated_cross_attention import GatedCrossAttentionBlock, media_mask
+from vlmzoo.registry import unknown
 
 
 class MllamaBlock(GatedCrossAttentionBlock):
-    """A gated block in which a token that sees no image gets nothing from the feed-forward either."""
+    """A gated block in which a token that sees no image gets nothing from the feed-forward either.
+
+    Where it `reads_all`, such a token's attention reads whatever its sample's images hold.
+    """
+
+    reads_all = False
 
     def _run(self, hidden: Tensor, context: LayerContext) -> Tensor:
-        if context.memory is None:
+        if context.memory is None or context.memory_mask is None:
             return hidden
         mask = media_mask(context)
+        sees = mask.any(-1, keepdim=True)
+        if self.reads_all:
+            images = context.memory_mask.any(-1, keepdim=True).expand_as(context.memory_mask).flatten(1)
+            mask = torch.where(sees, mask, images[:, None, None])
         read = self.attention(self.attention_norm(hidden), self._keys_values(context), mask=mask)
         hidden = hidden + self.attention_gate.tanh() * read
-        inner = self.feed_forward(self.feed_forward_norm(hidden)) * mask.any(-1)[:, 0, :, None]
+        inner = self.feed_forward(self.feed_forward_norm(hidden)) * sees[:, 0]
         return hidden + self.feed_forward_gate.tanh() * inner
 
 
@@ -41,13 +53,15 @@ class MllamaBlock(GatedCrossAttentionBlock):
 class Mllama(Connector):
     """A memory of all patches and one slot an image: cross-attention layers of the LLM's own kind read it.
 
-    A layer stands before every n-th decoder layer, the first before layer `every` - 1; the slot holds a learned marker.
-    Four heads share a key and a value, unless `num_kv_heads` says otherwise.
-    The memory is what `layers` of the encoder saw side by side, CLS included, through one linear layer.
+    A layer stands before every n-th decoder layer, the first before layer `every` - 1, or else before the layers that
+    `before` names; the slot holds a learned marker. Four heads share a key and a value, unless `num_kv_heads` says
+    otherwise. The memory is what `layers` of the encoder saw side by side, CLS included, through one linear layer.
+    What the attention of a token that sees no image reads, `without_image` says: "nothing", or "everything" in its
+    sample's images, empty crops and padding too, as in transformers' code.
 
     Source: Grattafiori et al., The Llama 3 Herd of Models (2024), section 7.2, and Llama 3.2's published code.
-    Differs: a token sees the last image alone, also where several follow one another; one that sees none gets 0 from
-    the attention, where the code lets it attend to everything; a learned marker instead of a trained embedding.
+    Differs: a token sees the last image alone, also where several follow one another; a learned marker instead of a
+    trained embedding.
     """
 
     def __init__(
@@ -56,13 +70,22 @@ class Mllama(Connector):
         text: TextSpec,
         *,
         every: int = 4,
+        before: tuple[int, ...] = (),
         num_kv_heads: int | None = None,
-        layers: tuple[int, ...] = (-1, 3, 7, 15, 23),
+        layers: tuple[Layer, ...] = (-1, 3, 7, 15, 23),
+        without_image: Literal["nothing", "everything"] = "nothing",
     ) -> None:
         super().__init__()
         num_kv_heads = max(1, text.num_heads // 4) if num_kv_heads is None else num_kv_heads
         at_least_one("mllama", every=every, num_kv_heads=num_kv_heads)
-        if every > text.num_layers:
+        if without_image not in ("nothing", "everything"):
+            raise unknown("without_image of connector 'mllama'", without_image, ("nothing", "everything"))
+        places = tuple(before) or tuple(range(every - 1, text.num_layers, every))
+        if len(set(places)) < len(places) or not set(places) <= set(range(text.num_layers + 1)):
+            raise ValueError(
+                f"connector 'mllama': `before` is {list(before)}, expected different layers from 0 to {text.num_layers}"
+            )
+        if not places:
             raise ValueError(
                 f"connector 'mllama': its first layer would stand before layer {every - 1} of an LLM that has layers "
                 f"0 to {text.num_layers - 1}; lower `every`"
@@ -77,9 +100,9 @@ class Mllama(Connector):
         self.project = nn.Linear(len(layers) * vision.hidden_size, dim)
         self.marker = nn.Parameter(torch.empty(dim).normal_(std=0.02))
         norm = partial(nn.RMSNorm, eps=text.norm_eps)
-        self.blocks = nn.ModuleDict(
-            {str(layer): MllamaBlock(dim, dim, shape, norm) for layer in range(every - 1, text.num_layers, every)}
-        )
+        self.blocks = nn.ModuleDict({str(layer): MllamaBlock(dim, dim, shape, norm) for layer in places})
+        for block in self.blocks.values():
+            block.reads_all = without_image == "everything"
 
     def num_tokens(self, image: ImageLayout) -> int:
         return 1

@@ -87,6 +87,10 @@ def test_every_default_is_written_out(run: RunConfig) -> None:
         ("stages.align.lr.language=1e-5", lambda run: run.stages["align"].lr == {"connector": 1e-3, "language": 1e-5}),
         ("connector=mlp", lambda run: run.connector == ConnectorConfig("mlp")),
         ("connector.options.num_queries=9", lambda run: run.connector.options == {"num_queries": 9}),
+        (
+            "encoder.layer=last_hidden_state",
+            lambda run: run.encoder == EncoderConfig("world:clip", layer="last_hidden_state"),
+        ),
         ("encoder.layer=-1", lambda run: run.encoder == EncoderConfig("world:clip", layer=-1)),
         ("stages.finetune.data.limit=3", lambda run: run.stages["finetune"].data.limit == 3),
         ("seed={init: 3, data: 4}", lambda run: run.seed == SeedConfig(3, 4, 0)),

@@ -207,6 +207,8 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None:
             return None
+        if any(get_origin(kind) is Literal and value in get_args(kind) for kind in arguments):
+            return value
         return _parse(next(kind for kind in arguments if kind is not type(None)), value, where)
     if dataclasses.is_dataclass(kind):
         return _parse_dataclass(kind, value, where)

@@ -68,6 +68,7 @@ class ImageLayout:
     grids: tuple[Grid, ...]  # one a crop, in patches
     size: tuple[int, int] | None = None  # (height, width) of the original in pixels
     token_budget: int | None = None  # at most so many tokens, for connectors that can make fewer; None: all
+    tiling: Grid | None = None  # rows and columns of crops that show the image; crops behind these are empty
 
     @property
     def num_crops(self) -> int:

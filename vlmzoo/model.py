@@ -40,6 +40,7 @@ IMAGE_INPUTS = (
     "image_features",
     "num_crops",
     "crop_sizes",
+    "tilings",
     "image_sizes",
     "token_budget",
     "instruction_ids",
@@ -220,6 +221,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         *,
         num_crops: Tensor | None = None,
         crop_sizes: Tensor | None = None,
+        tilings: Tensor | None = None,
         image_sizes: Tensor | None = None,
         token_budget: Tensor | None = None,
         instruction_ids: Tensor | None = None,
@@ -233,6 +235,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             image_features: what `vision.encode` gave for them.
             num_crops: (images,), where an image has several.
             crop_sizes: (crops, 2), height and width in pixels, where crops are padded on the right and below.
+            tilings: (images, 2), rows and columns of crops, for an encoder with a fixed number of places for them; the
+                image's other crops are empty.
             image_sizes: (images, 2), height and width in pixels of the originals, for connectors that need them.
             token_budget: (images,), for connectors that can make fewer tokens of an image than they might.
             instruction_ids, instruction_mask: (images, length), for connectors that read the instruction.
@@ -243,17 +247,18 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         request = self.connector.requires
         if image_features is None:
             assert pixel_values is not None
-            image_features = self.vision.encode(pixel_values, request, _pairs(crop_sizes))
+            image_features = self.vision.encode(pixel_values, request, _pairs(crop_sizes), _pairs(tilings))
         grids = iter(image_features[0].grids)
         crops = [1] * len(image_features[0].grids) if num_crops is None else num_crops.tolist()
         budgets = [None] * len(crops) if token_budget is None else token_budget.tolist()
         sizes = _pairs(image_sizes) or [None] * len(crops)
-        for name, given in (("token_budget", budgets), ("image_sizes", sizes)):
+        tiled = _pairs(tilings) or [None] * len(crops)
+        for name, given in (("token_budget", budgets), ("image_sizes", sizes), ("tilings", tiled)):
             if len(given) != len(crops):
                 raise ValueError(f"{name} is given for {len(given)} of {len(crops)} images")
         layouts = [
-            ImageLayout(tuple(next(grids) for _ in range(count)), size, budget)
-            for count, size, budget in zip(crops, sizes, budgets, strict=True)
+            ImageLayout(tuple(next(grids) for _ in range(count)), size, budget, tiling)
+            for count, size, budget, tiling in zip(crops, sizes, budgets, tiled, strict=True)
         ]
         instruction = None
         if request.instruction:
@@ -280,8 +285,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             context.offsets = grid_offsets(by_sample).to(device)
         return context
 
-    def take_images(self, kwargs: dict[str, Any], pixel_values: Tensor | None) -> dict[str, Any]:
-        """The images' inputs, taken out of a call's keywords; none where no image is passed."""
+    def take_images(self, kwargs: dict[str, Any], pixel_values: Tensor | None, input_ids: Tensor) -> dict[str, Any]:
+        """The inputs of the images of a prompt, taken out of a call's keywords; none where no image is passed."""
         images = {"pixel_values": pixel_values, **{key: kwargs.pop(key) for key in IMAGE_INPUTS if key in kwargs}}
         return {} if images["pixel_values"] is None and images.get("image_features") is None else images
 
@@ -314,7 +319,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
                 `num_items_in_batch`, or by their own number. Logits then are only those of supervised positions.
             blocks: (batch, length), tokens of one block see one another, -1: none; instead of `config.bidirectional`.
         """
-        images = self.take_images(kwargs, pixel_values)
+        images = self.take_images(kwargs, pixel_values, input_ids)
         if visual is None and images:
             visual = self.encode_images(input_ids, **images)
         blocks = kwargs.pop("blocks", blocks)  # where `take_images` made them
@@ -395,7 +400,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         Args:
             pixel_values: and whatever else `encode_images` takes (`IMAGE_INPUTS`).
         """
-        if images := self.take_images(kwargs, pixel_values):
+        if images := self.take_images(kwargs, pixel_values, input_ids):
             kwargs["visual"] = self.encode_images(input_ids, **images)
         if self.config.image_token_id < self.text_spec.vocab_size:
             kwargs.setdefault("suppress_tokens", [self.config.image_token_id])

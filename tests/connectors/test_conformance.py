@@ -69,6 +69,12 @@ VARIANTS = [
             "options": {"num_queries": 3, "num_layers": 2, "hidden_size": 24, "num_heads": 2, "instruction": True},
         },
     ),
+    ("mllama", {"before": (0, 2)}),
+    (
+        "idefics",
+        {"num_latents": 5, "num_resampler_layers": 2, "num_resampler_heads": 3, "resampler_head_dim": 6, "every": 2},
+    ),
+    ("idefics", {"resampler": False, "qk_norm": False}),
 ]
 
 

@@ -17,6 +17,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionPatchMer
 
 from tests.connectors.parts import TEXT, VISION, copy_weights, create, distance, random_input, rescale
 from vlmzoo.connector import FeatureMap, LayerContext, TextSpec, VisionSpec, VisualInput
+from vlmzoo.connectors import mllama
 
 GRID = (4, 4)
 RENAMES = [
@@ -45,29 +46,47 @@ def mllama_pair() -> tuple[Any, Any]:
     config._attn_implementation = "eager"
     theirs = MllamaCrossAttentionDecoderLayer(config, 1)
     rescale(theirs)
-    connector = create("mllama", {"every": 2, "num_kv_heads": 2, "layers": (-1, 1)})
+    options = {"every": 2, "num_kv_heads": 2, "layers": (-1, 1), "without_image": "everything"}
+    connector = create("mllama", options)
     assert list(connector.llm_layers()) == [1, 3]
     (block,) = connector.llm_layers()[1]
     copy_weights(theirs, block, RENAMES)
     return block, theirs
 
 
+GENERATOR = torch.Generator().manual_seed(0)
+HIDDEN = torch.randn(2, 7, TEXT.hidden_size, generator=GENERATOR)
+MEMORY = torch.randn(2, 2, 6, TEXT.hidden_size, generator=GENERATOR)
+
+
+def mllama_context() -> LayerContext:
+    """Two images of two crops with three tokens, one of them empty; the first two rows of the text see none."""
+    real = torch.ones(2, 2, 6, dtype=torch.bool)
+    real[:, 0, 3:] = False
+    return LayerContext(MEMORY, real, torch.tensor([[-1, -1, 0, 0, 0, 1, 1]] * 2))
+
+
 def mllama_difference(ours: Any, theirs: Any) -> float:
-    """Two images of three tokens; the first two rows of the text see none, which the two treat differently."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(2, 7, TEXT.hidden_size, generator=generator)
-    memory = torch.randn(2, 2, 3, TEXT.hidden_size, generator=generator)
-    image_of_token = torch.tensor([[-1, -1, 0, 0, 0, 1, 1]] * 2)
-    seen = F.one_hot(image_of_token + 1, 3)[..., 1:, None].float()
-    mask, rows = _prepare_cross_attention_mask(seen, 3, torch.float32)
-    want = theirs(hidden, memory.flatten(1, 2), mask, None, rows)
-    found = ours(hidden, LayerContext(memory, torch.ones(2, 2, 3, dtype=torch.bool), image_of_token))
-    assert torch.equal(found[:, :2], hidden[:, :2])
-    return distance(found[:, 2:], want[:, 2:])
+    given = mllama_context()
+    assert given.memory_mask is not None
+    seen = F.one_hot(given.image_of_token + 1, 3)[..., 1:, None] * given.memory_mask[:, None, :, ::3]
+    mask, rows = _prepare_cross_attention_mask(seen.float(), 3, torch.float32)
+    return distance(ours(HIDDEN, given), theirs(HIDDEN, MEMORY.flatten(1, 2), mask, None, rows))
 
 
 def test_a_layer_equals_mllamas() -> None:
     assert mllama_difference(*mllama_pair()) <= 1e-4
+
+
+def test_a_token_without_an_image_is_unchanged() -> None:
+    ours, _ = mllama_pair()
+    ours.reads_all = False
+    found = ours(HIDDEN, mllama_context())
+    assert torch.equal(found[:, :2], HIDDEN[:, :2])
+    assert (found[:, 2:] != HIDDEN[:, 2:]).any(-1).all()
+    other = mllama_context()
+    other.image_of_token = torch.full_like(other.image_of_token, -1)  # a sample of text beside others with images
+    assert torch.equal(ours(HIDDEN, other), HIDDEN)
 
 
 def gate_open(ours: Any) -> None:
@@ -94,12 +113,30 @@ def gelu(ours: Any) -> None:
     ours.feed_forward.activation = F.gelu
 
 
-@pytest.mark.parametrize(
-    "fault", [gate_open, no_query_norm, no_key_norm, heads_in_turns, gate_without_tanh, gelu], ids=lambda f: f.__name__
-)
+def no_image_nothing_read(ours: Any) -> None:
+    ours.reads_all = False
+
+
+FAULTS = [gate_open, no_query_norm, no_key_norm, heads_in_turns, gate_without_tanh, gelu, no_image_nothing_read]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
 def test_the_comparison_sees(fault: Callable[[Any], None]) -> None:
     ours, theirs = mllama_pair()
     fault(ours)
+    assert mllama_difference(ours, theirs) > 1e-4
+
+
+def test_the_comparison_sees_the_feed_forward_run_without_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a mask that lets tokens without an image see all that they read anyway, nothing else comes."""
+    ours, theirs = mllama_pair()
+    honest = mllama.media_mask
+
+    def seen(context: LayerContext) -> Tensor:
+        mask = honest(context)
+        return mask | ~mask.any(-1, keepdim=True)
+
+    monkeypatch.setattr(mllama, "media_mask", seen)
     assert mllama_difference(ours, theirs) > 1e-4
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.connectors.parts import distance
-from tests.interop.cases import CASES
+from tests.interop.interleaved import CASES
 from vlmzoo.interop import from_hf, load, to_hf
 
 TOLERANCE = 1e-4

@@ -51,6 +51,18 @@ for name, kind in {
     "pixtral": "pixtral",
 }.items():
     OTHERS[name] = {**SMALL, "model_type": kind, "image_size": 24, "patch_size": 8, "intermediate_size": 48}
+MLLAMA = {
+    "model_type": "mllama_vision_model",
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_global_layers": 1,
+    "attention_heads": 2,
+    "intermediate_size": 24,
+    "intermediate_layers_indices": [0],
+    "vision_output_dim": 32,
+    "image_size": 24,
+    "patch_size": 8,
+}
 OTHERS["pixtral"] |= {"head_dim": 16, "image_size": 48}
 QWEN = {
     "qwen2_vl": {"model_type": "qwen2_vl_vision", "embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2},
@@ -173,6 +185,65 @@ def test_towers_of_qwen_give_their_own_hidden_states(name):
 def test_a_crop_that_blocks_do_not_fill_is_refused():
     with pytest.raises(ValueError, match="crop of 24 x 20 pixels: a qwen2_vl_vision encodes blocks of 8 x 8 pixels"):
         encoder(QWEN["qwen2_vl"]).encode(torch.randn(1, 3, 24, 20), FeatureRequest())
+
+
+def open_gates(part):
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in part.parameters():
+            if parameter.ndim < 2:
+                parameter.add_(torch.randn(parameter.shape, generator=generator))
+    return part
+
+
+def test_tiles_of_an_image_are_encoded_together():
+    part = open_gates(encoder(MLLAMA, layer=NORMED))
+    assert part.spec.hidden_size == 32
+    tilings = [(1, 2), (2, 2), (3, 1), (1, 1), (2, 1)]
+    tiles = pixels(20).unflatten(0, (5, 4))
+    (found,) = part.encode(tiles.flatten(0, 1), FeatureRequest(cls=True), tilings=tilings)
+    ids = torch.tensor([[[2, 6, 7, 1, 5][image]] for image in range(5)])[
+        ..., 0
+    ]  # among supported_aspect_ratios, from 1
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]])[:, None]
+    output = part.model(pixel_values=tiles[:, None], aspect_ratio_ids=ids, aspect_ratio_mask=mask)
+    expected = output.last_hidden_state.flatten(0, 2)
+    torch.testing.assert_close(found.values, expected[:, 1:])
+    torch.testing.assert_close(found.cls, expected[:, 0])
+    assert found.grids == ((3, 3),) * 20
+    (turned,) = part.encode(tiles[:1].flatten(0, 1), FeatureRequest(), tilings=[(2, 1)])
+    assert not torch.allclose(turned.values, found.values[:4])
+    (some,) = part.encode(tiles[2:4].flatten(0, 1), FeatureRequest(), tilings=tilings[2:4])
+    assert torch.equal(some.values, found.values[8:16])
+
+
+def test_a_crop_without_a_tiling_is_an_image_of_one_tile():
+    part = open_gates(encoder(MLLAMA, layer=NORMED))
+    (found,) = part.encode(pixels(3), FeatureRequest(cls=True))
+    tiles = torch.zeros(3, 4, 3, 24, 24)
+    tiles[:, 0] = pixels(3)
+    (expected,) = part.encode(tiles.flatten(0, 1), FeatureRequest(cls=True), tilings=[(1, 1)] * 3)
+    assert torch.equal(found.values, expected.values[::4])
+    assert torch.equal(found.cls, expected.cls[::4])
+    assert found.grids == ((3, 3),) * 3
+
+
+@pytest.mark.parametrize(
+    ("crops", "tilings", "message"),
+    [
+        (torch.zeros(7, 3, 24, 24), [(1, 1), (1, 2)], "2 tilings were passed for 7 crops; expected 4 each"),
+        (torch.zeros(4, 3, 24, 24), [(3, 2)], r"expected rows and columns of crops among .*, got \[\(3, 2\)\]"),
+        (torch.zeros(4, 3, 32, 32), [(1, 1)], r"expected crops of 24 x 24 pixels, got \(32, 32\)"),
+    ],
+)
+def test_tilings_that_do_not_fit_are_refused(crops, tilings, message):
+    with pytest.raises(ValueError, match=message):
+        encoder(MLLAMA, layer=NORMED).encode(crops, FeatureRequest(), tilings=tilings)
+
+
+def test_a_tower_that_gives_no_single_layers_says_so():
+    with pytest.raises(ValueError, match="encoder layer -2: a mllama_vision_model gives its last_hidden_state alone"):
+        encoder(MLLAMA)
 
 
 def test_a_tower_of_one_size_refuses_others():

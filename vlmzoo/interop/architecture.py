@@ -29,9 +29,9 @@ class Architecture:
     connector: the name of ours.
     config: what `VisionLanguageConfig` takes for a configuration of theirs; raises `UnsupportedError`.
     rules: the weights of a model with that configuration.
-    translate: makes the original's keywords those of our model's `forward`, in place.
-    back: a configuration of theirs, as values, for one of ours; raises `UnsupportedError`. None: the class has parts
-        that ours does not keep.
+    translate: makes the original's keywords, `input_ids` among them, those of our model's `forward`, in place.
+    back: a configuration of theirs, as values, for one of ours (a value of None: theirs has no such part); raises
+        `UnsupportedError`. None: the class has parts that ours does not keep.
     unties: whether the LLM's head and its embeddings, which may be one in theirs, are two in ours.
     """
 

@@ -17,12 +17,14 @@ from vlmzoo.interop import (
     aria,
     blip,
     gemma,
+    idefics,
     idefics3,
     internvl,
     janus,
     llava,
     llava_next,
     mistral3,
+    mllama,
     original,
     ovis2,
     qwen,
@@ -44,6 +46,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         blip.INSTRUCT_BLIP,
         gemma.GEMMA_3,
         gemma.PALIGEMMA,
+        idefics.IDEFICS,
         idefics3.IDEFICS_2,
         idefics3.IDEFICS_3,
         idefics3.SMOLVLM,
@@ -54,6 +57,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         qwen.QWEN2_VL,
         qwen.QWEN2_5_VL,
         qwen.QWEN3_VL,
+        mllama.MLLAMA,
     )
 }
 """By the names of transformers' classes."""
@@ -75,11 +79,13 @@ class ImportedModel(VisionLanguageModel):
     config: ImportedConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     config_class = ImportedConfig
 
-    def take_images(self, kwargs: dict[str, Any], pixel_values: Tensor | None) -> dict[str, Any]:
+    def take_images(self, kwargs: dict[str, Any], pixel_values: Tensor | None, input_ids: Tensor) -> dict[str, Any]:
+        kwargs["input_ids"] = input_ids
         if pixel_values is not None:
             kwargs["pixel_values"] = pixel_values
         ARCHITECTURES[self.config.source].translate(kwargs, self)
-        return super().take_images(kwargs, kwargs.pop("pixel_values", None))
+        del kwargs["input_ids"]
+        return super().take_images(kwargs, kwargs.pop("pixel_values", None), input_ids)
 
 
 def from_hf(model: PreTrainedModel) -> ImportedModel:
@@ -100,9 +106,9 @@ def from_hf(model: PreTrainedModel) -> ImportedModel:
     build.load_connectors()
     given = {
         "vision_config": model.config.vision_config,
-        "text_config": _with_ties(model.config.get_text_config(), tied),
-        "image_token_id": model.config.image_token_id,
+        "image_token_id": getattr(model.config, "image_token_id", None),
         **values,
+        "text_config": _with_ties(values.get("text_config", model.config.get_text_config()), tied),
         "connector": architecture.connector,
         "connector_options": connectors.resolve(architecture.connector, values.get("connector_options", {})),
     }
@@ -126,35 +132,39 @@ def to_hf(model: VisionLanguageModel) -> PreTrainedModel:
     """
     config = model.config
     candidates = [item for item in ARCHITECTURES.values() if item.connector == config.connector and item.back]
-    vocab_size = max(config.text_config.vocab_size, config.image_token_id + 1)
-    weights = _weights(model)
-    words = [part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
-    for name, value in weights.items():
-        if any(value is other for other in words):
-            weights[name] = _grown(value, vocab_size)
     reasons = []
     for architecture in candidates:
-        assert architecture.back is not None
-        theirs: Any = getattr(transformers, architecture.model)
         try:
-            values = {
-                "vision_config": config.vision_config.to_dict(),
-                "text_config": {**config.text_config.to_dict(), "vocab_size": vocab_size},
-                "image_token_id": config.image_token_id,
-                "tie_word_embeddings": config.tie_word_embeddings,
-                **architecture.back(config),
-            }
-            their_config = theirs.config_class(**values)
-            exported = filled(theirs, their_config, to_theirs(weights, architecture.rules(their_config)), model.dtype)
+            return _exported(model, architecture)
         except UnsupportedError as error:
             reasons.append(f"{architecture.model}: {error}")
-            continue
-        exported.generation_config = copy.deepcopy(model.generation_config)
-        return exported.train(model.training)
     if not candidates:
         known = sorted({item.connector for item in ARCHITECTURES.values() if item.back})
         reasons = [f"no class of transformers has it; those with one are {', '.join(known)}"]
     raise ValueError(f"connector {config.connector!r} cannot be exported: {'; '.join(reasons)}")
+
+
+def _exported(model: VisionLanguageModel, architecture: Architecture) -> PreTrainedModel:
+    """A model of this class with the weights of ours; raises `UnsupportedError`."""
+    assert architecture.back is not None
+    config, weights = model.config, _weights(model)
+    values = dict(architecture.back(config))
+    if "text_config" not in values:  # else the class has its own place for the image token
+        vocab_size = max(config.text_config.vocab_size, config.image_token_id + 1)
+        values["text_config"] = {**config.text_config.to_dict(), "vocab_size": vocab_size}
+        words = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part}
+        weights = {name: _grown(value, vocab_size) if id(value) in words else value for name, value in weights.items()}
+    given = {
+        "vision_config": config.vision_config.to_dict(),
+        "image_token_id": config.image_token_id,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        **values,
+    }
+    kind: Any = getattr(transformers, architecture.model)
+    theirs = kind.config_class(**{key: value for key, value in given.items() if value is not None})
+    exported = filled(kind, theirs, to_theirs(weights, architecture.rules(theirs)), model.dtype)
+    exported.generation_config = copy.deepcopy(model.generation_config)
+    return exported.train(model.training)
 
 
 def load(

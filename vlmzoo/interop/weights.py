@@ -57,6 +57,11 @@ def chunks(theirs: str, *ours: str) -> Rule:
     return Rule((theirs,), ours, lambda t: t[0].chunk(len(ours)), lambda t: (torch.cat(t),))
 
 
+def stacked(theirs: Mapping[str, int], ours: str) -> Rule:
+    """Matrices of so many rows each that are one of ours, one below the other."""
+    return Rule(tuple(theirs), (ours,), lambda t: (torch.cat(t),), lambda t: t[0].split(list(theirs.values())))
+
+
 def dropped(theirs: str) -> Rule:
     """Weights of theirs that ours has no use for."""
     return Rule((theirs,), ())

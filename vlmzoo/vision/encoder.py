@@ -38,6 +38,7 @@ class VisionEncoder(nn.Module):
         self.layer: Layer = layer
         self.image_size = image_size or image_side(config)
         self.num_prefix = self.tower.num_prefix(config)
+        self.num_tiles = config.max_num_tiles if self.tower.tiled else 1
         self.spec = VisionSpec(
             hidden_size=getattr(config, self.tower.width),
             num_layers=config.num_hidden_layers,
@@ -59,6 +60,8 @@ class VisionEncoder(nn.Module):
     def _check_layer(self, layer: Layer) -> None:
         if layer == NORMED:
             return
+        if not self.tower.hidden_states:
+            raise ValueError(f"encoder layer {layer}: a {self.model.config.model_type} gives its {NORMED} alone")
         states = self.spec.num_layers + 1
         if not (isinstance(layer, int) and -states <= layer < states):
             raise ValueError(
@@ -70,16 +73,23 @@ class VisionEncoder(nn.Module):
         return layer % (self.spec.num_layers + 1) if isinstance(layer, int) else layer
 
     def encode(
-        self, pixel_values: Tensor, request: FeatureRequest, sizes: Sequence[tuple[int, int]] | None = None
+        self,
+        pixel_values: Tensor,
+        request: FeatureRequest,
+        sizes: Sequence[tuple[int, int]] | None = None,
+        tilings: Sequence[Grid] | None = None,
     ) -> tuple[FeatureMap, ...]:
         """One feature map a requested layer, from pixel values (crops, 3, height, width).
 
         Args:
             pixel_values: also (crops, 3 · frames, height, width) for Qwen-VL's towers, channel by channel.
             sizes: (height, width) in pixels of each crop, where some are padded on the right and below.
+            tilings: (rows, columns) of each image's crops, for a tower that encodes them together: an image then has
+                `num_tiles` crops, and those behind its own are empty. None: each crop is an image of its own.
 
         Raises:
-            ValueError: a layer or CLS that the tower lacks, or crops of several sizes for one that takes a single one.
+            ValueError: a layer or CLS that the tower lacks, crops of several sizes for one that takes a single one, or
+                tilings that fit neither the tower nor the crops.
         """
         layers = request.layers or (self.layer,)
         for layer in layers:
@@ -91,11 +101,22 @@ class VisionEncoder(nn.Module):
         if not self.tower.mixed and set(grids) != {self.grid(height, width)}:
             kind = self.model.config.model_type
             raise ValueError(f"a {kind} encodes crops of one size; expected all of {height} x {width} pixels")
-        chunk = self.chunk_size or len(pixel_values)
+        tiles, shapes = self.num_tiles, grids
+        if self.tower.tiled:
+            if tilings is None:
+                return self._encode_alone(pixel_values, request)
+            if len(pixel_values) != len(tilings) * tiles:
+                raise ValueError(
+                    f"{len(tilings)} tilings were passed for {len(pixel_values)} crops; expected {tiles} each"
+                )
+            shapes = list(tilings)
+        chunk = max(1, (self.chunk_size or len(pixel_values)) // tiles) * tiles
         trained = any(parameter.requires_grad for parameter in self.model.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             parts = [
-                self._encode_chunk(part, grids[start * chunk : (start + 1) * chunk], chunk, layers, request)
+                self._encode_chunk(
+                    part, shapes[start * chunk // tiles : (start + 1) * chunk // tiles], chunk, layers, request
+                )
                 for start, part in enumerate(pixel_values.split(chunk))
             ]
         maps = []
@@ -107,11 +128,26 @@ class VisionEncoder(nn.Module):
             maps.append(FeatureMap(values, tuple(grids), mask, cls, attention))
         return tuple(maps)
 
+    def _encode_alone(self, pixels: Tensor, request: FeatureRequest) -> tuple[FeatureMap, ...]:
+        """Each crop as an image of one tile, by a tower that has places for several."""
+        tiles = pixels.new_zeros(len(pixels), self.num_tiles, *pixels.shape[1:])
+        tiles[:, 0] = pixels
+        maps = self.encode(tiles.flatten(0, 1), request, tilings=[(1, 1)] * len(pixels))
+        own = slice(None, None, self.num_tiles)
+        return tuple(
+            FeatureMap(
+                found.values[own], found.grids[own], found.mask[own], None if found.cls is None else found.cls[own]
+            )
+            for found in maps
+        )
+
     def _encode_chunk(
-        self, pixels: Tensor, grids: list[Grid], chunk: int, layers: tuple[Layer, ...], request: FeatureRequest
+        self, pixels: Tensor, shapes: list[Grid], chunk: int, layers: tuple[Layer, ...], request: FeatureRequest
     ) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
+        """Values, CLS and its attention of so many crops a layer; `shapes` are grids or, of a tiled tower, tilings."""
         count, full = len(pixels), self.grid(*pixels.shape[-2:])
-        padded = [*grids, *[full] * (chunk - count)]
+        filler = (1, 1) if self.tower.tiled else full
+        padded = [*shapes, *[filler] * ((chunk - count) // self.num_tiles)]
         pixels = torch.cat([pixels, pixels.new_zeros(chunk - count, *pixels.shape[1:])]).to(self.model.dtype)
         output = self.model(
             **self.tower.inputs(self.model.config, pixels, padded),

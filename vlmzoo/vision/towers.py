@@ -30,13 +30,16 @@ class Tower:
     """What is to be known of a type of tower beside its configuration.
 
     module, name: of transformers' class.
-    inputs: what its `forward` takes for pixels (crops, channels, height, width) whose patches stand on these grids.
+    inputs: what its `forward` takes for pixels (crops, channels, height, width) whose patches stand on these grids; of
+        a `tiled` tower, for images whose crops do.
     num_prefix: how many hidden states stand before the patches, CLS first.
     mixed: whether crops of several sizes, padded on the right and below, can be encoded in one call.
     arrange: from what it gives, those grids and that of the padded crops, to (crops, patches, dim) with each crop's own
         patches first, row by row; None: it gives that.
     side: pixels a side of the images that it was made for.
     width: what its configuration calls the width of its hidden states.
+    hidden_states: whether features of single layers can be read, beside what it gives.
+    tiled: whether it encodes all crops of an image together, always `max_num_tiles` of them, some of which are empty.
     norm_eps: of its norms, where its configuration names none.
     trim: takes away what stands behind its last hidden state, which no connector reads.
     """
@@ -51,6 +54,8 @@ class Tower:
     width: str = "hidden_size"
     norm_eps: float = 1e-5
     trim: Callable[[Any], None] = lambda model: None
+    tiled: bool = False
+    hidden_states: bool = True
 
     @property
     def model(self) -> type[PreTrainedModel]:
@@ -127,6 +132,29 @@ def _sized(config: PreTrainedConfig, pixels: Tensor, grids: Sequence[Grid]) -> d
     patch = config.patch_size
     sizes = torch.tensor([(height * patch, width * patch) for height, width in grids], device=pixels.device)
     return {"pixel_values": pixels, "image_sizes": sizes}
+
+
+def _tiled(config: PreTrainedConfig, pixels: Tensor, tilings: Sequence[Grid]) -> dict[str, Any]:
+    """Mllama: images with a place for each tile, and which way the tiles that are there stand."""
+    side = image_side(config)
+    if tuple(pixels.shape[-2:]) != (side, side):
+        raise ValueError(f"encoder: expected crops of {side} x {side} pixels, got {tuple(pixels.shape[-2:])}")
+    supported = [tuple(tiling) for tiling in config.supported_aspect_ratios]
+    if other := set(tilings) - set(supported):
+        raise ValueError(f"encoder: expected rows and columns of crops among {supported}, got {sorted(other)}")
+    ids = [[supported.index(tiling) + 1] for tiling in tilings]  # 0 is no image's
+    counts = torch.tensor([rows * columns for rows, columns in tilings], device=pixels.device)
+    mask = torch.arange(config.max_num_tiles, device=pixels.device) < counts[:, None]
+    return {
+        "pixel_values": pixels.unflatten(0, (len(tilings), 1, config.max_num_tiles)),
+        "aspect_ratio_ids": torch.tensor(ids, device=pixels.device),
+        "aspect_ratio_mask": mask[:, None].long(),
+    }
+
+
+def _from_tiles(config: PreTrainedConfig, state: Tensor, grids: Sequence[Grid], full: Grid) -> Tensor:
+    """Of a tower that gives (images, 1, tiles, patches, dim)."""
+    return state.flatten(0, 2)
 
 
 def _from_padded(config: PreTrainedConfig, state: Tensor, grids: Sequence[Grid], full: Grid) -> Tensor:
@@ -209,6 +237,16 @@ TOWERS: dict[str, Tower] = {
     "idefics2_vision": Tower("idefics2", "Idefics2VisionTransformer", _masked, mixed=True, arrange=_from_padded),
     "idefics3_vision": Tower("idefics3", "Idefics3VisionTransformer", _masked, mixed=True, arrange=_from_padded),
     "smolvlm_vision": Tower("smolvlm", "SmolVLMVisionTransformer", _masked, mixed=True, arrange=_from_padded),
+    "mllama_vision_model": Tower(
+        "mllama",
+        "MllamaVisionModel",
+        _tiled,
+        _cls,
+        arrange=_from_tiles,
+        tiled=True,
+        width="vision_output_dim",
+        hidden_states=False,
+    ),
     "pixtral": Tower("pixtral", "PixtralVisionModel", _sized, mixed=True, arrange=_from_packed(_as_it_is)),
     "qwen2_vl_vision": Tower(
         "qwen2_vl",
