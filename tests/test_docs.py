@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tests.interop.cases import CASES
-from tests.interop.test_faults import FAULTS
+from tests.interop.interleaved import CASES
+from tests.interop.parity import num_faults
 from vlmzoo.sweeps.cards import cards
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -20,5 +20,5 @@ def test_the_cards_are_of_these_connectors() -> None:
 
 def test_every_imported_class_is_in_the_parity_table() -> None:
     rows = re.findall(r"^\| (\w+) \|.* (\d+) of (\d+) \|$", (DOCS / "parity.md").read_text(), flags=re.MULTILINE)
-    planted = [str(len(FAULTS.get(name, []))) for name in CASES]
+    planted = [str(num_faults(name)) for name in CASES]
     assert rows == [(case.model, *[count] * 2) for case, count in zip(CASES.values(), planted, strict=True)]

@@ -9,10 +9,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.connectors.parts import distance
-from tests.interop.cases import CASES
+from tests.interop import test_interleaved as interleaved
+from tests.interop.interleaved import CASES
 from tests.interop.test_faults import FAULTS
 from tests.interop.test_parity import MARKERS, NEW, TOLERANCE, logits
 from vlmzoo.files import write_whole
@@ -47,6 +49,11 @@ class Parity:
     planted: int
 
 
+def num_faults(name: str) -> int:
+    """How many are planted in a case."""
+    return len(FAULTS.get(name, [])) + sum(other == name for other, _ in interleaved.FAULTS)
+
+
 def measure(name: str) -> Parity:
     """One case against the original, and with each of its faults."""
     case = CASES[name]
@@ -64,6 +71,12 @@ def measure(name: str) -> Parity:
         faulty, given = from_hf(case.build()), dict(inputs)
         fault(faulty, given)
         caught += distance(logits(faulty, given), expected) > TOLERANCE
+    for other, fault in interleaved.FAULTS:
+        if other == name:
+            faulty, given = from_hf(case.build()), interleaved.TEXT_FIRST[name].inputs((2,))
+            with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+                fault(faulty, patch)
+                caught += distance(logits(faulty, given), logits(theirs, given)) > TOLERANCE
     return Parity(
         name=name,
         model=case.model,
@@ -73,7 +86,7 @@ def measure(name: str) -> Parity:
         same_tokens=torch.equal(*tokens),
         back=back,
         caught=caught,
-        planted=len(FAULTS.get(name, [])),
+        planted=num_faults(name),
     )
 
 
