@@ -62,6 +62,22 @@ def test_faulty_weights_are_named(checkpoint: Path, change: Any, message: str) -
         load(checkpoint)
 
 
+@pytest.mark.parametrize("part", ["vision_config", "text_config"])
+def test_a_configuration_without_a_part_is_named(checkpoint: Path, part: str) -> None:
+    """transformers would take a CLIP-L or a Llama-7B for it."""
+    values = json.loads((checkpoint / "config.json").read_text())
+    del values[part]
+    (checkpoint / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=f"^model .*llava: config.json has no {part}$"):
+        load(checkpoint)
+
+
+def test_weights_are_shared() -> None:
+    theirs = CASES["llava"].build()
+    ours = from_hf(theirs)
+    assert ours.get_input_embeddings().weight.data_ptr() == theirs.get_input_embeddings().weight.data_ptr()
+
+
 def test_a_pickle_is_not_read(checkpoint: Path) -> None:
     torch.save(load_file(checkpoint / "model.safetensors"), checkpoint / "pytorch_model.bin")
     (checkpoint / "model.safetensors").unlink()

@@ -32,6 +32,7 @@ class Architecture:
     translate: makes the original's keywords, `input_ids` among them, those of our model's `forward`, in place.
     back: a configuration of theirs, as values, for one of ours (a value of None: theirs has no such part); raises
         `UnsupportedError`. None: the class has parts that ours does not keep.
+    needs: what their config.json must hold, for which transformers would take defaults without a word.
     unties: whether the LLM's head and its embeddings, which may be one in theirs, are two in ours.
     """
 
@@ -41,6 +42,7 @@ class Architecture:
     rules: Callable[[Any], Sequence[Rule]]
     translate: Callable[[dict[str, Any], VisionLanguageModel], None] = _as_they_are
     back: Callable[[VisionLanguageConfig], Mapping[str, Any]] | None = None
+    needs: tuple[str, ...] = ("vision_config", "text_config")
     unties: bool = False
 
 

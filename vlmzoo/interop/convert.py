@@ -123,7 +123,7 @@ def from_hf(model: PreTrainedModel) -> ImportedModel:
 
 
 def to_hf(model: VisionLanguageModel) -> PreTrainedModel:
-    """A stock model of transformers with the same weights and answers.
+    """A stock model of transformers with the same weights, shared where they can be, and answers.
 
     Where `<image>` has an id beyond the LLM's vocabulary, that grows to hold it.
 
@@ -179,7 +179,8 @@ def load(
         dtype: None: the checkpoint's own.
 
     Raises:
-        ValueError: nothing there, an architecture that is not known, or weights missing, left over or misshapen.
+        ValueError: nothing there, an architecture that is not known, a configuration without one of its parts, or
+            weights missing, left over or misshapen.
     """
     source = str(path)
     values, _ = build.read(PreTrainedConfig.get_config_dict, source, "model")
@@ -191,7 +192,9 @@ def load(
         model, found = _pretrained(kind, source, dtype)
     else:
         named = list(getattr(config, "architectures", None) or [])
-        _architecture(named[0] if named else config.model_type)
+        needs = _architecture(named[0] if named else config.model_type).needs
+        if missing := [name for name in needs if name not in values]:
+            raise ValueError(f"model {source}: config.json has no {missing[0]}")
         model, found = _pretrained(AutoModelForImageTextToText, source, dtype)
     refuse_faults(found, f"model {source}: ")
     return model if isinstance(model, VisionLanguageModel) else from_hf(model)

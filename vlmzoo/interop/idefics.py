@@ -169,4 +169,6 @@ def _back(config: VisionLanguageConfig) -> dict[str, Any]:
     }
 
 
-IDEFICS = Architecture("IdeficsForVisionText2Text", "idefics", _config, _rules, _images, _back)
+IDEFICS = Architecture(
+    "IdeficsForVisionText2Text", "idefics", _config, _rules, _images, _back, needs=("vision_config",)
+)
