@@ -36,6 +36,7 @@ import vlmzoo.language.decoders  # noqa: F401  # makes them known to AutoModelFo
 from vlmzoo.config import ConnectorConfig, DataConfig, EncoderConfig, LLMConfig, RunConfig, own_rate
 from vlmzoo.connector import Connector, TextSpec, TokenConnector, TokenConnectorAdapter, VisionSpec, connectors
 from vlmzoo.registry import unknown
+from vlmzoo.vision.several import SeveralTowers
 from vlmzoo.vision.towers import image_side, tower
 
 IMAGE_TOKEN = "<image>"
@@ -179,13 +180,24 @@ def text_spec(config: PreTrainedConfig) -> TextSpec:
 
 
 def vision(config: EncoderConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The vision tower: pretrained by name, or random from a configuration and a seed."""
+    """The vision tower: pretrained by name, or random from a configuration and a seed. Names joined by `+` are one."""
     if config.config is not None:
         return _random(new_tower, config.config, "encoder", seed, dtype)
+    if len(parts := _several(config)) > 1:
+        return SeveralTowers.of(
+            [vision(part, dtype=dtype) for part in parts], [image_processor(part) for part in parts]
+        )
     source = _source(config.name, "encoder")
     whole = read(AutoConfig.from_pretrained, source, "encoder")
     part = getattr(whole, "vision_config", whole)
     return _pretrained(tower(part).model, source, part, "encoder", dtype)
+
+
+def _several(config: EncoderConfig) -> list[EncoderConfig]:
+    """The encoders that a name such as `world:clip+world:siglip` names."""
+    if config.name is None or Path(config.name).expanduser().is_dir():
+        return [config]
+    return [dataclasses.replace(config, name=name) for name in config.name.split("+")]
 
 
 def new_tower(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
@@ -249,13 +261,14 @@ def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def image_processor(config: EncoderConfig) -> Any:
-    """The encoder's image processor: the one beside it, or CLIP's at the tower's size for random weights."""
+    """The encoder's image processor: the one beside it (of several, the first one's), or CLIP's for random weights."""
     if config.config is not None:
         from transformers import CLIPImageProcessorPil  # torchvision is not needed
 
         size = config.image_size or image_side(AutoConfig.for_model(**config.config))
         return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    return read(AutoImageProcessor.from_pretrained, _source(config.name, "encoder"), "image processor", backend="pil")
+    first, *_ = _several(config)
+    return read(AutoImageProcessor.from_pretrained, _source(first.name, "encoder"), "image processor", backend="pil")
 
 
 def dataset(config: DataConfig) -> tuple[Path, Path]:

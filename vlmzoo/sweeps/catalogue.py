@@ -15,7 +15,7 @@ from vlmzoo.sweeps.table import align, count
 
 ENCODERS = ("clip", "siglip")
 ANY_OTHER = {
-    "encoders": "any CLIP, SigLIP, SigLIP 2, DINOv2 or InternViT tower in transformers format",
+    "encoders": "any CLIP, SigLIP, SigLIP 2, DINOv2 or InternViT tower in transformers format; several joined by +",
     "llms": "any causal language model of transformers, with its tokenizer",
     "tasks": "LLaVA JSON of questions with one answer each, and a `capability` where there are several",
 }

@@ -1,4 +1,4 @@
-"""The vision towers of transformers that can be an encoder: what each takes, and in what order its patches come."""
+"""The vision towers that can be an encoder: what each takes, and in what order its patches come."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _own_side(config: PreTrainedConfig) -> int:
 class Tower:
     """What is to be known of a type of tower beside its configuration.
 
-    module, name: of transformers' class.
+    module, name: of transformers' class, or of ours.
     inputs: what its `forward` takes for pixels (crops, channels, height, width) whose patches stand on these grids; of
         a `tiled` tower, for images whose crops do.
     num_prefix: how many hidden states stand before the patches, CLS first.
@@ -59,7 +59,9 @@ class Tower:
 
     @property
     def model(self) -> type[PreTrainedModel]:
-        return getattr(importlib.import_module(f"transformers.models.{self.module}.modeling_{self.module}"), self.name)
+        own = self.module.startswith("vlmzoo.")
+        module = self.module if own else f"transformers.models.{self.module}.modeling_{self.module}"
+        return getattr(importlib.import_module(module), self.name)
 
 
 def tower(config: PreTrainedConfig) -> Tower:
@@ -219,6 +221,10 @@ def _any_side(config: PreTrainedConfig) -> int:
     return 32 * config.patch_size
 
 
+def _all_have_cls(config: Any) -> int:
+    return int(all(tower(part).num_prefix(part) for part in config.parts))
+
+
 TOWERS: dict[str, Tower] = {
     "clip_vision_model": Tower("clip", "CLIPVisionModel", _interpolating, _cls),
     "siglip_vision_model": Tower("siglip", "SiglipVisionModel", _interpolating),
@@ -279,5 +285,6 @@ TOWERS: dict[str, Tower] = {
         norm_eps=1e-6,
         trim=_without_mergers,
     ),
+    "vlmzoo_several_towers": Tower("vlmzoo.vision.several", "SeveralTowers", _plain, _all_have_cls),
 }
 """By transformers' model types."""
