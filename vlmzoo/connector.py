@@ -34,6 +34,7 @@ class VisionSpec:
     norm_eps: float
     patch_size: int
     has_cls: bool
+    widths: tuple[int, ...] = ()  # of encoders that stand side by side, which add up to hidden_size; one: empty
 
 
 @dataclass(frozen=True)
@@ -147,10 +148,13 @@ class LayerContext:
     memory_mask: Tensor | None  # (batch, images, memory_tokens), True where real
     image_of_token: Tensor  # (batch, length), index of the last image at or before each token; -1: none
     cache: dict[nn.Module, tuple[Tensor, Tensor]] | None = None  # None: keep nothing (training)
+    token_of_slot: Tensor | None = None  # (batch, images, slots), the token in each slot, -1: none; where it is read
 
 
 class InLLMLayer(nn.Module, ABC):
     """A layer that runs inside an otherwise unmodified decoder."""
+
+    reads_slots: bool = False  # whether it needs `LayerContext.token_of_slot`, which is None in steps without slots
 
     @abstractmethod
     def forward(self, hidden: Tensor, context: LayerContext) -> Tensor:

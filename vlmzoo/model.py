@@ -31,7 +31,16 @@ from vlmzoo.connector import (
 from vlmzoo.language.layers import ARGUMENT, InLLMCall, attach, check_reached
 from vlmzoo.language.masks import block_masks, prefix_blocks
 from vlmzoo.language.positions import grid_offsets, has_axes, on_grids, token_grids
-from vlmzoo.splice import VisualContext, arrange, assign_images, gather_slots, hide_unfilled, positions, splice
+from vlmzoo.splice import (
+    VisualContext,
+    arrange,
+    assign_images,
+    gather_slots,
+    hide_unfilled,
+    positions,
+    splice,
+    token_of_slot,
+)
 from vlmzoo.vision.encoder import VisionEncoder
 
 IGNORE = -100
@@ -387,6 +396,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             visual.cache = {}
         image = visual.image_of_slot.gather(1, slot.clamp(min=0)).masked_fill(slot < 0, -1)
         context = LayerContext(visual.memory, visual.memory_mask, image, visual.cache if keep else None)
+        if any(layer.reads_slots for layers in self.in_llm_layers.values() for layer in layers):
+            context.token_of_slot = token_of_slot(visual, is_image, slot)
         additions = {
             index: gather_slots(values, slot).masked_fill(~is_image[..., None], 0)
             for index, values in visual.additions.items()

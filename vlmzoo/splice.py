@@ -19,6 +19,7 @@ class VisualContext:
     tokens: Tensor  # (batch, slots, text_dim)
     filled: Tensor  # (batch, slots), False where an image gave fewer tokens than its slots, and in the padding
     image_of_slot: Tensor  # (batch, slots), index of the slot's image within its sample
+    place_of_slot: Tensor  # (batch, slots), index of the slot within its image's
     num_slots: Tensor  # (batch,)
     additions: dict[int, Tensor] = field(default_factory=dict)  # layer -> like `tokens`
     offsets: Tensor | None = None  # (batch, slots, 4), where the LLM takes positions on grids
@@ -74,13 +75,14 @@ def arrange(found: VisualTokens, samples: Sequence[Sequence[int]], slots: Sequen
     most = found.tokens.shape[1]
     if most > max(slots):
         raise ValueError(f"the connector returned {most} tokens for an image, its num_tokens said {max(slots)}")
-    source, image_of_slot = [], []
+    source, image_of_slot, place_of_slot = [], [], []
     for images in samples:
         places = [(image, place) for image in images for place in range(slots[image])]
         padding = width - len(places)
         source.append([image * most + place if place < most else -1 for image, place in places] + [-1] * padding)
         order = {image: index for index, image in enumerate(images)}
         image_of_slot.append([order[image] for image, _ in places] + [-1] * padding)
+        place_of_slot.append([place for _, place in places] + [-1] * padding)
     index = torch.tensor(source, device=device).view(len(samples), width)
     flat = index.clamp(min=0)
 
@@ -91,6 +93,7 @@ def arrange(found: VisualTokens, samples: Sequence[Sequence[int]], slots: Sequen
         tokens=by_slot(found.tokens),
         filled=by_slot(found.mask) & (index >= 0),
         image_of_slot=torch.tensor(image_of_slot, device=device).view(len(samples), width),
+        place_of_slot=torch.tensor(place_of_slot, device=device).view(len(samples), width),
         num_slots=torch.tensor([sum(slots[image] for image in images) for images in samples], device=device),
         additions={layer: by_slot(values) for layer, values in found.additions.items()},
     )
@@ -103,6 +106,22 @@ def arrange(found: VisualTokens, samples: Sequence[Sequence[int]], slots: Sequen
         context.memory = found.memory[rows.clamp(min=0)]
         context.memory_mask = memory_mask[rows.clamp(min=0)] & (rows >= 0)[..., None]
     return context
+
+
+def token_of_slot(visual: VisualContext, is_image: Tensor, slot: Tensor) -> Tensor | None:
+    """(batch, images, slots), the token in this call that stands in each image's slots, -1: none; None: no slot at all.
+
+    Args:
+        slot: (batch, length), the last slot at or before each token.
+    """
+    if not is_image.any():
+        return None
+    images, slots = int(visual.image_of_slot.max()) + 1, int(visual.place_of_slot.max()) + 1
+    place = visual.image_of_slot * slots + visual.place_of_slot
+    target = place.gather(1, slot.clamp(min=0)).masked_fill(~is_image, images * slots)  # text goes behind the last one
+    tokens = torch.arange(is_image.shape[1], device=is_image.device).expand_as(target)
+    found = tokens.new_full((len(target), images * slots + 1), -1).scatter(1, target, tokens)
+    return found[:, :-1].unflatten(1, (images, slots))
 
 
 def gather_slots(values: Tensor, slot: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ def millions(module: torch.nn.Module) -> float:
         ("qformer", {}, 104.8),
         ("qformer", {"instruction": True}, 185.3),
         ("perceiver", {}, 63.0 + 4.2),  # and its projection
+        ("sva", {}, 51.4 + 157.4),  # before the LLM and inside it
     ],
 )
 def test_default_sizes_are_the_counted_ones(name: str, options: dict[str, Any], counted: float) -> None:

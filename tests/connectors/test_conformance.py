@@ -75,6 +75,8 @@ VARIANTS = [
         {"num_latents": 5, "num_resampler_layers": 2, "num_resampler_heads": 3, "resampler_head_dim": 6, "every": 2},
     ),
     ("idefics", {"resampler": False, "qk_norm": False}),
+    ("sva", {"side": 2, "window": 2, "depth": 2, "hidden_size": 24, "num_heads": 2, "num_inside": 2, "every": 2}),
+    ("sva", {"side": 3, "depth": 1, "hidden_size": 24, "num_heads": 2, "num_inside": 0}),
 ]
 
 

@@ -51,6 +51,7 @@ def test_features_stand_side_by_side(layer):
     torch.testing.assert_close(found.values[..., 32:], second.values)
     assert found.grids == ((3, 3),) * 3
     assert part.spec.hidden_size == 64
+    assert part.spec.widths == (32, 32)
     assert not part.spec.has_cls
 
 
@@ -93,6 +94,8 @@ def test_a_run_with_two_encoders_by_name(tmp_path: Path) -> None:
     result = run_trial(parse(RunConfig, values), tmp_path / "out", tmp_path / "features")
     assert result["trainable_parameters"] == 64 * 48 + 48
     assert evaluate_checkpoint(tmp_path / "out", ["colors"]) == result["evaluation"]
+    values["connector"] = {"name": "sva", "options": {"side": 3, "depth": 1, "hidden_size": 16, "num_heads": 2}}
+    assert run_trial(parse(RunConfig, values), tmp_path / "sva")["visual_tokens"] == 9
     values["encoder"] = f"{folder / 'clip'}+{folder / 'nothing'}"
     with pytest.raises(ValueError, match=r"no directory .*nothing"):
         run_trial(parse(RunConfig, values), tmp_path / "other")

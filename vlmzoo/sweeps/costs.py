@@ -43,21 +43,24 @@ class Cost:
 
 @dataclass(frozen=True)
 class Unweighted:
-    """A connector without weights, and what it gets: one image, and the LLM's hidden states (1, `TEXT_LENGTH`, dim)."""
+    """A connector without weights, and what it gets: one image, and text behind it, (1, `TEXT_LENGTH`, text_dim)."""
 
     connector: Connector
     visual: VisualInput
-    hidden: Tensor
+    text: Tensor
 
     def run(self) -> tuple[VisualTokens, Tensor]:
         """What the connector makes of the image, and the hidden states behind all its layers inside the LLM."""
-        found, hidden = self.connector(self.visual), self.hidden
-        seen = torch.zeros(hidden.shape[:2], dtype=torch.long, device="meta")
+        found = self.connector(self.visual)
+        slots = found.tokens.shape[1]
+        hidden = torch.cat([found.tokens, self.text], 1)
         memory = None if found.memory is None else found.memory[:, None]
         memory_mask = None if found.memory_mask is None else found.memory_mask[:, None]
+        seen = torch.zeros(hidden.shape[:2], dtype=torch.long, device="meta")
+        places = torch.zeros(1, 1, slots, dtype=torch.long, device="meta")
         for layers in self.connector.llm_layers().values():
             for layer in layers:
-                hidden = layer(hidden, LayerContext(memory, memory_mask, seen))
+                hidden = layer(hidden, LayerContext(memory, memory_mask, seen, token_of_slot=places))
         return found, hidden
 
 

@@ -46,6 +46,7 @@ class VisionEncoder(nn.Module):
             norm_eps=getattr(config, "layer_norm_eps", None) or getattr(config, "rms_norm_eps", self.tower.norm_eps),
             patch_size=square(config.patch_size, "patch_size"),
             has_cls=self.num_prefix > 0,
+            widths=getattr(config, "widths", ()),
         )
         self._check_layer(layer)
         self.grid(self.image_size, self.image_size)

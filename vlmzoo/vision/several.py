@@ -51,7 +51,11 @@ class SeveralTowersConfig(PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        return sum(getattr(part, tower(part).width) for part in self.parts)
+        return sum(self.widths)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(getattr(part, tower(part).width) for part in self.parts)
 
     @property
     def num_hidden_layers(self) -> int:
