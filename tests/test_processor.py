@@ -10,18 +10,26 @@ import torch
 from PIL import Image
 from transformers import (
     AddedToken,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
     LlavaNextImageProcessorPil,
+    Siglip2ImageProcessorPil,
 )
+from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_size_for_max_num_patches
 
-from tests.checkpoints import CHAT, COLORS, run_values, write_models
+from tests.checkpoints import CHAT, COLORS, run_values, write_data, write_models
 from vlmzoo.config import RunConfig, Template, parse
 from vlmzoo.connector import ImageLayout
+from vlmzoo.data.images import native_size
 from vlmzoo.data.samples import SampleBuilder
 from vlmzoo.model import VisionLanguageModel
 from vlmzoo.processor import VisionLanguageProcessor
+from vlmzoo.sweeps.checkpoint import evaluate_checkpoint
+from vlmzoo.sweeps.trial import new_model, run_trial
 
 CONNECTORS: list[Any] = [
     "mlp",
@@ -241,3 +249,63 @@ def test_saved_beside_its_model_it_is_found_by_transformers(connector: Any, mode
 def test_a_processor_without_its_model_is_refused(processor: Any) -> None:
     with pytest.raises(ValueError, match="belongs to a model"):
         VisionLanguageProcessor(processor.image_processor, processor.tokenizer)
+
+
+NAFLEX = {
+    "model_type": "siglip2_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_patches": 9,
+    "patch_size": 8,
+}
+
+
+@pytest.fixture
+def naflex(tmp_path):
+    """A SigLIP 2 of native resolution as transformers saves it, and a LLaVA-like folder beside it."""
+    write_models(tmp_path)
+    write_data(tmp_path)
+    AutoModel.from_config(AutoConfig.for_model(**NAFLEX)).save_pretrained(tmp_path / "naflex")
+    Siglip2ImageProcessorPil(patch_size=8, max_num_patches=9).save_pretrained(tmp_path / "naflex")
+    return tmp_path
+
+
+@pytest.mark.parametrize("size", [(24, 24), (40, 30), (300, 20), (20, 300), (7, 9), (1000, 900)])
+def test_native_sizes_are_those_of_siglip_2(size):
+    assert native_size(size, 16, 256) == get_image_size_for_max_num_patches(*size, 16, 256)
+    height, width = native_size(size, 8, 9)
+    assert height % 8 == width % 8 == 0
+    assert height * width <= 9 * 64
+
+
+def test_native_pixels_are_those_of_siglip_2(naflex):
+    run = parse(RunConfig, run_values(naflex, "linear", "naflex"))
+    model, processor = new_model(run)
+    theirs = AutoImageProcessor.from_pretrained(naflex / "naflex", backend="pil")
+    images = [
+        Image.open(naflex / "images" / f"{index}-0.png").resize(size) for index, size in ((0, (40, 30)), (1, (20, 60)))
+    ]
+    inputs = processor(images=images, text=["<image> What", "<image> is it ?"], image_mode="native")
+    given = theirs(images, return_tensors="pt")
+    assert inputs["crop_sizes"].tolist() == [[8 * h, 8 * w] for h, w in given["spatial_shapes"].tolist()]
+    sizes = [tuple(size) for size in inputs["crop_sizes"].tolist()]
+    (found,) = model.eval().vision.encode(inputs["pixel_values"], model.connector.requires, sizes)
+    expected = model.vision.model(**given, output_hidden_states=True).hidden_states[-2]
+    for row, count in enumerate(found.mask.sum(1).tolist()):
+        torch.testing.assert_close(found.values[row, :count], expected[row, :count], atol=1e-5, rtol=1e-5)
+    slots = (inputs["input_ids"] == model.config.image_token_id).sum(1).tolist()
+    assert slots == found.mask.sum(1).tolist()
+    assert model.generate(**inputs, max_new_tokens=2).shape[0] == 2
+
+
+def test_a_run_in_native_resolution(naflex, tmp_path):
+    values = run_values(naflex, "linear", "naflex")
+    for data in [stage["data"] for stage in values["stages"].values()] + [values["evaluation"]["colors"]["data"]]:
+        data["image_mode"] = "native"
+    result = run_trial(parse(RunConfig, values), tmp_path / "out", tmp_path / "features")
+    assert evaluate_checkpoint(tmp_path / "out", ["colors"]) == result["evaluation"]
+    values["encoder"] = str(naflex / "clip")
+    with pytest.raises(ValueError, match="image_mode 'native': the encoder takes images of one size"):
+        run_trial(parse(RunConfig, values), tmp_path / "clip")

@@ -268,7 +268,15 @@ def image_processor(config: EncoderConfig) -> Any:
         size = config.image_size or image_side(AutoConfig.for_model(**config.config))
         return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     first, *_ = _several(config)
-    return read(AutoImageProcessor.from_pretrained, _source(first.name, "encoder"), "image processor", backend="pil")
+    source = _source(first.name, "encoder")
+    found = read(AutoImageProcessor.from_pretrained, source, "image processor", backend="pil")
+    if hasattr(found, "max_num_patches"):  # SigLIP 2's cuts patches itself; encoders here take pixels
+        from transformers import SiglipImageProcessorPil
+
+        return SiglipImageProcessorPil(
+            **{name: getattr(found, name) for name in ("image_mean", "image_std", "resample")}
+        )
+    return found
 
 
 def dataset(config: DataConfig) -> tuple[Path, Path]:

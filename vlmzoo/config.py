@@ -71,7 +71,7 @@ class DataConfig:
     path: str
     images: str | None = None  # None: `images/` beside the JSON
     template: Template = Template.vicuna_v1
-    image_mode: Literal["square", "pad"] = "pad"  # centre crop, or expand to a square with the mean colour
+    image_mode: Literal["square", "pad", "native"] = "pad"  # centre crop, square with the mean colour, or as it is
     limit: int | None = field(default=None, metadata=at_least(1))  # only the first so many records
     max_length: int = field(default=2048, metadata=at_least(1))  # tokens, visual ones included
 

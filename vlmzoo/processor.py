@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
@@ -15,11 +17,11 @@ from transformers import AutoProcessor, AutoTokenizer, BatchFeature, ProcessorMi
 from vlmzoo import build
 from vlmzoo.config import DataConfig, EncoderConfig, RunConfig
 from vlmzoo.connector import Grid, ImageLayout
-from vlmzoo.data.images import cut, image_size, to_pixel_values
+from vlmzoo.data.images import cut, image_size, native_size, to_native_pixel_values, to_pixel_values
 from vlmzoo.data.samples import SampleBuilder
 from vlmzoo.model import VisionLanguageConfig, VisionLanguageModel
 
-ImageMode = Literal["square", "pad"]
+ImageMode = Literal["square", "pad", "native"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Layouts:
 
     image_size: int
     grid: Grid
+    patch_size: int
+    mixed: bool  # whether images of several sizes can be encoded together
     tiles: Callable[[tuple[int, int], Grid], Grid | None]
     num_tokens: Callable[[ImageLayout], int]
     image_token_id: int
@@ -40,6 +44,8 @@ class Layouts:
         return cls(
             image_size=size,
             grid=model.vision.grid(size, size),
+            patch_size=model.vision.spec.patch_size,
+            mixed=model.vision.tower.mixed,
             tiles=model.connector.tiles,
             num_tokens=model.num_tokens,
             image_token_id=model.config.image_token_id,
@@ -52,15 +58,33 @@ class Layouts:
         """Whether images are cut into tiles."""
         return self.tiles((self.image_size, self.image_size), self.grid) is not None
 
-    def of_image(self, size: tuple[int, int], token_budget: int | None = None) -> ImageLayout:
-        """The layout of an image of this size, (height, width) in pixels."""
-        if (tiles := self.tiles(size, self.grid)) is None:
-            return ImageLayout((self.grid,), token_budget=token_budget)
-        return ImageLayout((self.grid,) * (1 + tiles[0] * tiles[1]), size, token_budget)
+    def native(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The size, in pixels, at which an image of this size is encoded in its own proportions.
 
-    def of_file(self, path: Path, where: str) -> ImageLayout:
+        Raises:
+            ValueError: the encoder takes images of one size.
+        """
+        if not self.mixed:
+            raise ValueError(
+                "image_mode 'native': the encoder takes images of one size, unlike SigLIP 2's or Pixtral's"
+            )
+        return native_size(size, self.patch_size, self.grid[0] * self.grid[1])
+
+    def of_image(self, size: tuple[int, int], token_budget: int | None = None, mode: ImageMode = "pad") -> ImageLayout:
+        """The layout of an image of this size, (height, width) in pixels."""
+        if (tiles := self.tiles(size, self.grid)) is not None:
+            return ImageLayout((self.grid,) * (1 + tiles[0] * tiles[1]), size, token_budget)
+        if mode != "native":
+            return ImageLayout((self.grid,), token_budget=token_budget)
+        height, width = (side // self.patch_size for side in self.native(size))
+        return ImageLayout(((height, width),), size, token_budget)
+
+    def of_file(self, path: Path, where: str, mode: ImageMode = "pad") -> ImageLayout:
         """The layout of an image in a file, which is read where its size matters; `where` names it in messages."""
-        return self.of_image(image_size(path, where=where) if self.tiled else (self.image_size, self.image_size))
+        matters = self.tiled or mode == "native"
+        return self.of_image(
+            image_size(path, where=where) if matters else (self.image_size, self.image_size), mode=mode
+        )
 
     def __deepcopy__(self, memo: dict) -> Layouts:
         return self  # transformers copies a processor to write its configuration; the connector stays out of it
@@ -111,13 +135,13 @@ class VisionLanguageProcessor(ProcessorMixin):
             tokenizer=self.tokenizer,
             image_token_id=self.layouts.image_token_id,
             num_tokens=self.layouts.num_tokens,
-            layout=self.layouts.of_file,
+            layout=partial(self.layouts.of_file, mode=data.image_mode),
             template=data.template,
             max_length=min(data.max_length, self.layouts.max_positions or data.max_length),
             instruction=self.layouts.instruction,
         )
 
-    def pixel_values(self, image: Image.Image, mode: ImageMode = "pad") -> Tensor:
+    def pixel_values(self, image: Image.Image, mode: Literal["square", "pad"] = "pad") -> Tensor:
         """(3, height, width) of one image."""
         return to_pixel_values(image, self.image_processor, mode, self.layouts.image_size)
 
@@ -127,8 +151,11 @@ class VisionLanguageProcessor(ProcessorMixin):
         With tiles the mode does not matter: all of the image is seen.
         """
         tiles = self.layouts.tiles((image.height, image.width), self.layouts.grid)
+        if tiles is None and mode == "native":
+            size = self.layouts.native((image.height, image.width))
+            return to_native_pixel_values(image.convert("RGB"), self.image_processor, size)[None]
         if tiles is None:
-            return self.pixel_values(image, mode)[None]
+            return self.pixel_values(image, "square" if mode == "square" else "pad")[None]
         crops = cut(image.convert("RGB"), tiles, self.layouts.image_size, self.image_processor.resample)
         return torch.stack([self.pixel_values(crop, "square") for crop in crops])
 
@@ -165,14 +192,13 @@ class VisionLanguageProcessor(ProcessorMixin):
         given = [len(item) for item in by_text] or [len(flat)]
         if given != (placed if by_text else [sum(placed)]):
             raise ValueError(f"the texts hold {_sum(placed)} {build.IMAGE_TOKEN} for {_sum(given)} images")
-        layouts = [self.layouts.of_image((image.height, image.width), token_budget) for image in flat]
+        layouts = [self.layouts.of_image((image.height, image.width), token_budget, image_mode) for image in flat]
         slots = iter([self.layouts.num_tokens(layout) for layout in layouts])
         rows = [[copy for item in ids for copy in [item] * (next(slots) if item == token else 1)] for ids in rows]
         batch = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         if flat:
-            inputs["pixel_values"] = torch.cat([self.crops(image, image_mode) for image in flat])
-            inputs |= tile_inputs(layouts)
+            inputs |= image_inputs([self.crops(image, image_mode) for image in flat], layouts)
         if flat and token_budget is not None:
             inputs["token_budget"] = torch.full((len(flat),), token_budget)
         if flat and self.layouts.instruction:
@@ -186,14 +212,18 @@ class VisionLanguageProcessor(ProcessorMixin):
         return BatchFeature(inputs)
 
 
-def tile_inputs(layouts: Sequence[ImageLayout]) -> dict[str, Tensor]:
-    """What the model needs to know of images that are cut into tiles, beside their pixels; nothing of others."""
-    if not any(layout.size for layout in layouts):
-        return {}
-    return {
-        "num_crops": torch.tensor([layout.num_crops for layout in layouts]),
-        "image_sizes": torch.tensor([layout.size for layout in layouts]),
-    }
+def image_inputs(crops: Sequence[Tensor], layouts: Sequence[ImageLayout]) -> dict[str, Tensor]:
+    """The model's inputs for the crops (crops, 3, height, width) of each image, and what it needs to know of them."""
+    sizes = [crop.shape[-2:] for image in crops for crop in image]
+    inputs = {}
+    if len(set(sizes)) > 1:  # padded on the right and below
+        height, width = (max(size[side] for size in sizes) for side in (0, 1))
+        crops = [F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2])) for image in crops]
+        inputs["crop_sizes"] = torch.tensor(sizes)
+    if any(layout.size for layout in layouts):
+        inputs["num_crops"] = torch.tensor([layout.num_crops for layout in layouts])
+        inputs["image_sizes"] = torch.tensor([layout.size for layout in layouts])
+    return {"pixel_values": torch.cat(list(crops)), **inputs}
 
 
 def _flatten(images: Any) -> list[Image.Image]:

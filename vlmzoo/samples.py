@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from vlmzoo.data.images import load_image
 from vlmzoo.data.records import Record, RecordError, read_records
 from vlmzoo.data.samples import Sample
 from vlmzoo.model import VisionLanguageModel
-from vlmzoo.processor import VisionLanguageProcessor, tile_inputs
+from vlmzoo.processor import VisionLanguageProcessor, image_inputs
 from vlmzoo.vision.cache import FeatureCache
 
 
@@ -41,7 +40,7 @@ class SampleSet:
 
     Args:
         cache: the folder of feature caches, filled at the first batch; None: images are read as pixels every time, as
-            those that are cut into tiles always are.
+            those that are cut into tiles or keep their proportions always are.
         sees: what stands in the place of each image.
     """
 
@@ -96,8 +95,8 @@ class SampleSet:
             batch["image_features"] = self._cache.batch(images)
         elif images:
             crops = [self._processor.crops(self._image(path), self._data.image_mode) for path in images]
-            batch["pixel_values"] = torch.cat(crops).to(device)
-            batch |= tile_inputs([layout for sample in samples for layout in sample.layouts])
+            batch |= image_inputs(crops, [layout for sample in samples for layout in sample.layouts])
+            batch["pixel_values"] = batch["pixel_values"].to(device)
         return batch
 
     def open_cache(self) -> None:
@@ -106,7 +105,8 @@ class SampleSet:
 
     @cached_property
     def _cache(self) -> FeatureCache | None:
-        if self._cache_folder is None or not self._where or self._processor.layouts.tiled:
+        several_sizes = self._processor.layouts.tiled or self._data.image_mode == "native"
+        if self._cache_folder is None or not self._where or several_sizes:
             return None
         preprocessing = {
             "mode": self._data.image_mode,
@@ -124,7 +124,7 @@ class SampleSet:
         )
 
     def _pixels(self, path: Path) -> Tensor:
-        return self._processor.pixel_values(self._image(path), self._data.image_mode)
+        return self._processor.crops(self._image(path), self._data.image_mode)[0]
 
     def _image(self, path: Path) -> Image.Image:
         return load_image(path, where=self._where[path])

@@ -105,6 +105,31 @@ def to_pixel_values(
     return output["pixel_values"][0]
 
 
+def native_size(size: tuple[int, int], patch: int, max_patches: int) -> tuple[int, int]:
+    """The largest (height, width), in whole patches, at which an image in its proportions has at most so many.
+
+    Source: Tschannen et al., SigLIP 2 (2025), section 3.4.1 (NaFlex), and its code, which searches in this way.
+    """
+
+    def scaled(scale: float) -> tuple[int, int]:
+        height, width = (max(patch, math.ceil(side * scale / patch) * patch) for side in size)
+        return height, width
+
+    least, most = 1e-6, 100.0
+    while most - least >= 1e-5:
+        middle = (least + most) / 2
+        height, width = scaled(middle)
+        least, most = (middle, most) if height * width <= max_patches * patch**2 else (least, middle)
+    return scaled(least)
+
+
+def to_native_pixel_values(image: Image.Image, image_processor: Any, size: tuple[int, int]) -> Tensor:
+    """Pixel values (3, height, width) of the whole image, stretched to this size, normalised by the processor."""
+    resized = image.resize((size[1], size[0]), image_processor.resample)
+    given = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
+    return image_processor(resized, **given)["pixel_values"][0]
+
+
 def cut(image: Image.Image, tiles: Grid, side: int, resample: int) -> list[Image.Image]:
     """The image as a thumbnail, then as rows and columns of tiles, row by row, all of them squares of `side` pixels.
 
