@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from vlmzoo.build import load_connectors
 from vlmzoo.conformance import check
 from vlmzoo.conformance.subject import Subject
-from vlmzoo.connector import connectors
+from vlmzoo.sweeps.cards import own_connectors
 
 VARIANTS = [
     ("linear", {}),
@@ -81,13 +80,11 @@ VARIANTS = [
 
 
 def test_no_connector_is_left_out() -> None:
-    load_connectors()
-    assert {name for name, _ in VARIANTS} == set(connectors.names())
+    assert {name for name, _ in VARIANTS} == set(own_connectors())
 
 
 def test_every_connectors_defaults_fit_the_checks_model() -> None:
-    load_connectors()
-    for name in connectors.names():
+    for name in own_connectors():
         assert Subject(name).layouts, name
 
 

@@ -57,6 +57,23 @@ def test_encoder_and_llm_stay_and_the_new_connector_learns(
     assert main([*command(source), *SHORT, "stages.align.epochs=2"]) == 0
 
 
+def test_llavas_own_projector(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the LLM that it was trained on; its encoder it names itself."""
+    models, folder = source.parent, source.parent / "original"
+    folder.mkdir()
+    own = json.loads((models / "llama" / "config.json").read_text())
+    settings = {"model_type": "llava_llama", "mm_projector_type": "linear", "mm_vision_tower": str(models / "clip")}
+    (folder / "config.json").write_text(json.dumps({**own, **settings}))
+    projector = {"model.mm_projector.weight": torch.ones(48, 32), "model.mm_projector.bias": torch.ones(48)}
+    torch.save(projector, folder / "mm_projector.bin")
+    assert main([*command(folder, "linear"), "stages.align.steps=1", "stages.align.epochs=null"]) == 2
+    assert "pass the one that it was trained on as `base`" in capsys.readouterr().err
+    options = ["stages.align.steps=1", "stages.align.epochs=null", "--base", str(models / "llama")]
+    assert main([*command(folder, "linear"), *options]) == 0
+    after = VisionLanguageModel.from_pretrained(source.parents[1] / "out" / "model")
+    assert not torch.equal(after.connector.state_dict()["inner.project.bias"], torch.ones(48)), "a new one"
+
+
 def test_mistakes_are_one_line(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(source, "qformr")) == 2
     assert "did you mean 'qformer'?" in capsys.readouterr().err

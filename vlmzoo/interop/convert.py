@@ -200,6 +200,15 @@ def load(
     return model if isinstance(model, VisionLanguageModel) else from_hf(model)
 
 
+def beside(path: str | Path, *, base: str | None = None, encoder: str | None = None) -> tuple[str, str]:
+    """Names of what holds the tokenizer, and of what holds the image processor, of a checkpoint that `load` reads."""
+    source = str(path)
+    values, _ = build.read(PreTrainedConfig.get_config_dict, source, "model")
+    if original.is_original(values):
+        return base or source, encoder or values["mm_vision_tower"]
+    return source, source
+
+
 def _architecture(name: str) -> Architecture:
     if name not in ARCHITECTURES:
         raise unknown("model class", name, ARCHITECTURES)

@@ -33,11 +33,16 @@ forward pass, activations what is kept for the backward pass, in bfloat16.
 
 def cards() -> tuple[str, dict[str, str]]:
     """The page, and its pictures (SVG) by file name."""
-    build.load_connectors()
-    names = connectors.names()
+    names = own_connectors()
     costs = catalogue.costs(names, *DIMS)
     pictures = {f"{name}.svg": render(name, unweighted(name, *DIMS)) for name in names}
     return "\n".join([HEAD, _table(costs), *(_card(name, costs[name]) for name in names)]), pictures
+
+
+def own_connectors() -> list[str]:
+    """The connectors of this repository, without those of plugins."""
+    build.load_connectors()
+    return [name for name in connectors.names() if connectors.get(name).__module__.startswith("vlmzoo.connectors.")]
 
 
 def _table(costs: Mapping[str, Mapping[str, Any]]) -> str:

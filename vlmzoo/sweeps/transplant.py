@@ -11,7 +11,7 @@ import yaml
 from vlmzoo import build
 from vlmzoo.config import ConnectorConfig, EncoderConfig, LLMConfig
 from vlmzoo.files import damage, whole_folder, write_whole
-from vlmzoo.interop import load
+from vlmzoo.interop import beside, load
 
 ORIGIN = "transplant.json"
 ALIGN: dict[str, Any] = {"lr": {"connector": 1e-3}, "batch_size": 256, "epochs": 1}
@@ -46,8 +46,9 @@ def transplant(
     asked = {"source": source, "base": base, "encoder": encoder}
     if damage(tower) or damage(llm) or _origin(tower)["asked"] != asked:
         model = load(source, base=base, encoder=encoder)
-        tokenizer = build.tokenizer(LLMConfig(name=base or source), model.text_spec.vocab_size)
-        image_processor = build.image_processor(EncoderConfig(name=encoder or source))
+        words, pictures = beside(source, base=base, encoder=encoder)
+        tokenizer = build.tokenizer(LLMConfig(name=words), model.text_spec.vocab_size)
+        image_processor = build.image_processor(EncoderConfig(name=pictures))
         model.language.config.bidirectional = model.config.bidirectional
         with build.quiet_transformers():
             with whole_folder(llm) as place:
