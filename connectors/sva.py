@@ -157,6 +157,8 @@ class SpatialVisionAggregator(Connector):
         for sampler in self.samplers:
             queries = sampler(queries, windows, each[:, -1:])
         tokens = self.project(queries).view(*seen.mask.shape, -1)
+        if not self.layers:
+            return VisualTokens(tokens, seen.mask)
         memory = rearrange(each, "(images slots) length dim -> images (slots length) dim", images=len(tokens))
         return VisualTokens(tokens, seen.mask, memory, seen.mask.repeat_interleave(each.shape[1], 1))
 

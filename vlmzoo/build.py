@@ -316,6 +316,11 @@ def _source(name: str | None, where: str) -> str:
 
 
 def read(reader: Any, source: str, what: str, **kwargs: Any) -> Any:
+    """What a library's reader makes of a directory or hub id.
+
+    Raises:
+        ValueError: it cannot; one line that says `what` it should have been, and whether anything is there.
+    """
     try:
         return reader(source, **kwargs)
     except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:

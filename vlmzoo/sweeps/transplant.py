@@ -10,7 +10,7 @@ import yaml
 
 from vlmzoo import build
 from vlmzoo.config import ConnectorConfig, EncoderConfig, LLMConfig
-from vlmzoo.files import damage, whole_folder, write_whole
+from vlmzoo.files import damage, locked, whole_folder, write_whole
 from vlmzoo.interop import beside, load
 
 ORIGIN = "transplant.json"
@@ -44,21 +44,22 @@ def transplant(
     build.connector_options(ConnectorConfig(connector))  # refused before anything large is read
     file, tower, llm = out / "transplant.yaml", out / "encoder", out / "llm"
     asked = {"source": source, "base": base, "encoder": encoder}
-    if damage(tower) or damage(llm) or _origin(tower)["asked"] != asked:
-        model = load(source, base=base, encoder=encoder)
-        words, pictures = beside(source, base=base, encoder=encoder)
-        tokenizer = build.tokenizer(LLMConfig(name=words), model.text_spec.vocab_size)
-        image_processor = build.image_processor(EncoderConfig(name=pictures))
-        model.language.config.bidirectional = model.config.bidirectional
-        with build.quiet_transformers():
-            with whole_folder(llm) as place:
-                model.language.save_pretrained(place)
-                tokenizer.save_pretrained(place)
-            with whole_folder(tower) as place:
-                model.vision.model.save_pretrained(place)
-                image_processor.save_pretrained(place)
-                settings = {"layer": model.vision.layer, "image_size": model.vision.image_size}
-                (place / ORIGIN).write_text(json.dumps({"asked": asked, "encoder": settings}))
+    with locked(out):
+        if damage(tower) or damage(llm) or _origin(tower)["asked"] != asked:
+            model = load(source, base=base, encoder=encoder)
+            words, pictures = beside(source, base=base, encoder=encoder)
+            tokenizer = build.tokenizer(LLMConfig(name=words), model.text_spec.vocab_size)
+            image_processor = build.image_processor(EncoderConfig(name=pictures))
+            model.language.config.bidirectional = model.config.bidirectional
+            with build.quiet_transformers():
+                with whole_folder(llm) as place:
+                    model.language.save_pretrained(place)
+                    tokenizer.save_pretrained(place)
+                with whole_folder(tower) as place:
+                    model.vision.model.save_pretrained(place)
+                    image_processor.save_pretrained(place)
+                    settings = {"layer": model.vision.layer, "image_size": model.vision.image_size}
+                    (place / ORIGIN).write_text(json.dumps({"asked": asked, "encoder": settings}))
     run = {
         "encoder": {"name": str(tower), **_origin(tower)["encoder"]},
         "connector": connector,
