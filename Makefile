@@ -2,12 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help sweep sweep-full test test-zoo lint docs
+.PHONY: help sweep sweep-full test test-zoo test-timm lint docs
 help:
 	@echo "make sweep       compare five connectors on the embedded world (about 12 minutes on two cores)"
 	@echo "make sweep-full  the same with two encoders, two LLMs, five seeds and several times the steps (six hours)"
 	@echo "make test        lint, types, tests, and the wheel in an empty environment"
 	@echo "make test-zoo    of these, connectors and imported models alone"
+	@echo "make test-timm   of these, those that need timm"
 	@echo "make docs        docs/connectors.md and docs/parity.md, from what the code does"
 
 .venv/installed: pyproject.toml constraints.txt
@@ -31,12 +32,21 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
-docs: .venv/installed
-	$(BIN)/python -m vlmzoo.sweeps.cards docs
-	$(BIN)/python -m tests.interop.parity docs
+# Beside the environment, not in it: with torchvision in reach transformers does much by it, and not every one loads.
+.venv/timm: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ \
+		--constraint constraints.txt timm torchvision
+	@touch $@
 
-test: lint
+docs: .venv/timm
+	$(BIN)/python -m vlmzoo.sweeps.cards docs
+	PYTHONPATH=.venv/timm $(BIN)/python -m tests.interop.parity docs
+
+test: lint test-timm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-test-zoo: .venv/installed
+test-timm: .venv/timm
+	PYTHONPATH=.venv/timm OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/interop tests/vision -m timm
+
+test-zoo: test-timm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/connectors tests/interop tests/vision

@@ -276,6 +276,13 @@ def image_processor(config: EncoderConfig) -> Any:
         return SiglipImageProcessorPil(
             **{name: getattr(found, name) for name in ("image_mean", "image_std", "resample")}
         )
+    if hasattr(found, "data_config"):  # timm's names all that differently
+        from PIL.Image import Resampling
+        from transformers import CLIPImageProcessorPil
+
+        values = found.data_config
+        resample = Resampling[values["interpolation"].upper()]
+        return CLIPImageProcessorPil(image_mean=values["mean"], image_std=values["std"], resample=resample)
     return found
 
 
@@ -323,7 +330,7 @@ def read(reader: Any, source: str, what: str, **kwargs: Any) -> Any:
     """
     try:
         return reader(source, **kwargs)
-    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError) as error:
         absent = isinstance(error, OSError) and not Path(source).is_dir()
         fault = "no directory here, and the hub gave nothing" if absent else "cannot be loaded"
         raise ValueError(f"{what} {source}: {fault} ({_reason(error)})") from error

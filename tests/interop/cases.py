@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.connectors.parts import rescale
+from tests.timm_parts import NEEDS_TIMM
 
 IMAGE = 90
 SIZE, PATCH = 24, 6  # 4 x 4 patches
@@ -62,6 +64,7 @@ class Case:
     tokens: int | Sequence[int] | Callable[[Sequence[int]], Sequence[int]]
     images: Callable[[Sequence[int]], dict[str, Any]]
     back: bool = True
+    timm: bool = False
     kinds: Callable[[Tensor], Tensor] | None = None
 
     def build(self) -> PreTrainedModel:
@@ -96,6 +99,12 @@ class Case:
         return inputs
 
 
+def parameters(cases: dict[str, Case], names: Iterable[str], *more: Sequence[Any]) -> list[Any]:
+    """What tests are called with: these names, each with its values; where timm is missing some are skipped."""
+    rows = zip(names, *more, strict=True)
+    return [pytest.param(*row, marks=NEEDS_TIMM if cases[row[0]].timm else ()) for row in rows]
+
+
 def _text(generator: torch.Generator, count: int) -> list[int]:
     return torch.randint(3, IMAGE, (count,), generator=generator).tolist()
 
@@ -107,6 +116,11 @@ def pixels(count: int, height: int = SIZE, width: int = SIZE, seed: int = 6) -> 
 def plain(samples: Sequence[int]) -> dict[str, Any]:
     """(images, 3, height, width)"""
     return {"pixel_values": pixels(sum(samples))}
+
+
+def split(samples: Sequence[int], tiles: int = 1) -> dict[str, Any]:
+    """(images, tiles, 3, height, width)"""
+    return {"pixel_values": pixels(tiles * sum(samples)).unflatten(0, (-1, tiles))}
 
 
 def sized(samples: Sequence[int], sizes: Sequence[tuple[int, int]] = SIZES) -> dict[str, Any]:
@@ -194,6 +208,13 @@ def unpadded(samples: Sequence[int]) -> dict[str, Any]:
 def shrunk_alone(samples: Sequence[int]) -> list[int]:
     single = [count == 1 for count in samples for _ in range(count)]
     return [count if cut else 17 for count, cut in zip(SHRUNK, single, strict=False)]
+
+
+def perception_encoder(architecture: str) -> dict[str, Any]:
+    """A configuration like those of PerceptionLM's checkpoints."""
+    sizes = {"embed_dim": 24, "depth": 3, "num_heads": 2, "img_size": [SIZE, SIZE], "patch_size": PATCH}
+    own = {"global_pool": "", "use_post_transformer_norm": False, "init_values": 0.1, "ref_feat_shape": [4, 4]}
+    return {"model_type": "timm_wrapper", "architecture": architecture, "model_args": sizes | own}
 
 
 OPT: dict[str, Any] = {
@@ -434,6 +455,28 @@ CASES: dict[str, Case] = {
     ),
     "ovis2": Case("Ovis2ForConditionalGeneration", {**OVIS, "tie_word_embeddings": False}, 4, plain, back=False),
     "ovis2_tied": Case("Ovis2ForConditionalGeneration", {**OVIS, "tie_word_embeddings": True}, 4, plain, back=False),
+    "perception_lm": Case(
+        "PerceptionLMForConditionalGeneration",
+        {
+            "vision_config": perception_encoder("vit_pe_core_large_patch14_336"),
+            "text_config": LLAMA,
+            "projector_pooling_ratio": 2,
+        },
+        2 * 4,
+        partial(split, tiles=2),
+        timm=True,
+    ),
+    "perception_lm_without_cls": Case(
+        "PerceptionLMForConditionalGeneration",
+        {
+            "vision_config": perception_encoder("vit_pe_core_gigantic_patch14_448"),
+            "text_config": LLAMA,
+            "vision_use_cls_token": False,
+        },
+        16,
+        split,
+        timm=True,
+    ),
     "internvl": Case(
         "InternVLForConditionalGeneration",
         {

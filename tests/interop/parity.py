@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import timm_parts  # noqa: F401 - before transformers
 from tests.connectors.parts import distance
 from tests.interop import test_interleaved as interleaved
 from tests.interop.interleaved import CASES

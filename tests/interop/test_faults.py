@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tests.connectors.parts import distance
-from tests.interop.cases import CASES
+from tests.interop.cases import CASES, parameters
 from tests.interop.test_parity import TOLERANCE, logits
 from vlmzoo.connector import NORMED
 from vlmzoo.interop import from_hf
@@ -116,6 +116,8 @@ FAULTS: dict[str, list[Fault]] = {
     "paligemma": [layer(-1), causal],
     "paligemma_2": [causal],
     "gemma3": [layer(-1), causal, other_blocks, unnormed("inner.norm")],
+    "perception_lm": [layer(-2), tanh_gelu],
+    "perception_lm_without_cls": [layer(-2), tanh_gelu],
     "ovis2": [layer(-1), own_indicators, unnormed("inner.norm")],
     "llava_next": [layer(-3), tanh_gelu, without_newlines],
     "llava_onevision": [layer(-2), tanh_gelu, without_newlines],
@@ -127,7 +129,7 @@ FAULTS: dict[str, list[Fault]] = {
 PLANTED = [(name, index) for name, faults in FAULTS.items() for index in range(len(faults))]
 
 
-@pytest.mark.parametrize(("name", "index"), PLANTED)
+@pytest.mark.parametrize(("name", "index"), parameters(CASES, *zip(*PLANTED, strict=True)))
 def test_a_fault_shows(name: str, index: int) -> None:
     case = CASES[name]
     theirs, inputs = case.build(), case.inputs()

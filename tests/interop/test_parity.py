@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.connectors.parts import distance
+from tests.interop.cases import parameters
 from tests.interop.interleaved import CASES
 from vlmzoo.interop import from_hf, load, to_hf
 
@@ -24,7 +25,7 @@ def logits(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         return model(**inputs).logits[inputs["attention_mask"].bool()]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", parameters(CASES, CASES))
 def test_the_same_logits_and_tokens(name: str) -> None:
     case = CASES[name]
     theirs, inputs = case.build(), case.inputs()
@@ -43,7 +44,7 @@ def test_the_same_logits_and_tokens(name: str) -> None:
     assert torch.equal(ours.generate(**inputs, **options)[:, -NEW:], wanted)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", parameters(CASES, CASES))
 def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     theirs, inputs = case.build(), case.inputs([1, 1])
@@ -57,7 +58,7 @@ def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
     assert torch.equal(logits(again, inputs), logits(ours, inputs))
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.back])
+@pytest.mark.parametrize("name", parameters(CASES, [name for name, case in CASES.items() if case.back]))
 def test_there_and_back(name: str) -> None:
     case = CASES[name]
     theirs, inputs = case.build(), case.inputs()

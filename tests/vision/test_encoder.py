@@ -1,8 +1,10 @@
 """Features are the tower's own hidden states: layer, CLS, size; bit-equal however they are batched."""
 
+import sys
+
 import pytest
 import torch
-from transformers import AutoModel, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
 from transformers.vision_utils import get_vision_window_index
@@ -13,6 +15,7 @@ from vlmzoo.config import EncoderConfig
 from vlmzoo.connector import NORMED, FeatureRequest, ImageLayout, VisionSpec
 from vlmzoo.model import VisionLanguageModel
 from vlmzoo.vision.encoder import VisionEncoder
+from vlmzoo.vision.towers import spec
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 OTHERS = {
@@ -340,3 +343,10 @@ def test_the_tower_of_a_whole_clip_is_loaded(tmp_path):
     (found,) = part.encode(pixels(2), FeatureRequest())
     states = whole.vision_model(pixel_values=pixels(2), output_hidden_states=True).hidden_states
     torch.testing.assert_close(found.values, states[-2][:, 1:])
+
+
+def test_timm_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    config = AutoConfig.for_model("timm_wrapper", architecture="vit_that_nothing_else_asks_for")
+    with pytest.raises(ValueError, match=r"a timm_wrapper needs timm, pip install 'vlmzoo\[timm\]'"):
+        spec(config)

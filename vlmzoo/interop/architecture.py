@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from vlmzoo.interop.weights import Rule, same
 from vlmzoo.model import VisionLanguageConfig, VisionLanguageModel
-from vlmzoo.vision.towers import tower
+from vlmzoo.vision.towers import num_prefix
 
 
 class UnsupportedError(ValueError):
@@ -54,8 +54,8 @@ def expect(found: Any, expected: Any, what: str) -> None:
 
 def without_cls(config: PreTrainedConfig, strategy: str) -> None:
     """Raises `UnsupportedError` where CLS would be a token, or a patch be cut off in its place."""
-    prefix = tower(config).num_prefix(config)
-    expect(strategy, "default" if prefix == 1 else "full", f"vision_feature_select_strategy of a {config.model_type}")
+    expected = "default" if num_prefix(config) == 1 else "full"
+    expect(strategy, expected, f"vision_feature_select_strategy of a {config.model_type}")
 
 
 def parts(vision: str, language: str = "model.language_model.") -> list[Rule]:

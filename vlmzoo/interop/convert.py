@@ -27,6 +27,7 @@ from vlmzoo.interop import (
     mllama,
     original,
     ovis2,
+    perception_lm,
     qwen,
 )
 from vlmzoo.interop.architecture import Architecture, UnsupportedError
@@ -54,6 +55,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         janus.JANUS,
         mistral3.MISTRAL_3,
         ovis2.OVIS_2,
+        perception_lm.PERCEPTION_LM,
         qwen.QWEN2_VL,
         qwen.QWEN2_5_VL,
         qwen.QWEN3_VL,

@@ -10,7 +10,7 @@ from vlmzoo.connector import NORMED
 from vlmzoo.interop.architecture import Architecture, UnsupportedError, expect, parts, without_cls
 from vlmzoo.interop.weights import Rule, same
 from vlmzoo.model import VisionLanguageConfig, VisionLanguageModel
-from vlmzoo.vision.towers import tower
+from vlmzoo.vision.towers import num_prefix
 
 
 def _llava(config: Any) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def hidden_state(config: VisionLanguageConfig) -> int:
 
 def strategy(config: VisionLanguageConfig) -> str:
     """What LLaVA's classes call leaving CLS out."""
-    return "default" if tower(config.vision_config).num_prefix(config.vision_config) == 1 else "full"
+    return "default" if num_prefix(config.vision_config) == 1 else "full"
 
 
 def _vip_llava(config: Any) -> dict[str, Any]:

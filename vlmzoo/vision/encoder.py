@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vlmzoo.connector import NORMED, FeatureMap, FeatureRequest, Grid, Layer, VisionSpec
-from vlmzoo.vision.towers import image_side, square, tower
+from vlmzoo.connector import NORMED, FeatureMap, FeatureRequest, Grid, Layer
+from vlmzoo.vision.towers import image_side, num_prefix, spec, tower
 
 
 class VisionEncoder(nn.Module):
@@ -37,17 +37,9 @@ class VisionEncoder(nn.Module):
         self.model = model
         self.layer: Layer = layer
         self.image_size = image_size or image_side(config)
-        self.num_prefix = self.tower.num_prefix(config)
+        self.num_prefix = num_prefix(config)
         self.num_tiles = config.max_num_tiles if self.tower.tiled else 1
-        self.spec = VisionSpec(
-            hidden_size=getattr(config, self.tower.width),
-            num_layers=config.num_hidden_layers,
-            num_heads=config.num_attention_heads,
-            norm_eps=getattr(config, "layer_norm_eps", None) or getattr(config, "rms_norm_eps", self.tower.norm_eps),
-            patch_size=square(config.patch_size, "patch_size"),
-            has_cls=self.num_prefix > 0,
-            widths=getattr(config, "widths", ()),
-        )
+        self.spec = spec(config)
         self._check_layer(layer)
         self.grid(self.image_size, self.image_size)
 

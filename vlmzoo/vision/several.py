@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from vlmzoo.connector import NORMED, Grid
 from vlmzoo.vision.encoder import VisionEncoder
-from vlmzoo.vision.towers import image_side, tower
+from vlmzoo.vision.towers import image_side, spec, tower
 
 
 class SeveralTowersConfig(PreTrainedConfig):
@@ -55,19 +55,19 @@ class SeveralTowersConfig(PreTrainedConfig):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        return tuple(getattr(part, tower(part).width) for part in self.parts)
+        return tuple(spec(part).hidden_size for part in self.parts)
 
     @property
     def num_hidden_layers(self) -> int:
-        return min(part.num_hidden_layers for part in self.parts)
+        return min(spec(part).num_layers for part in self.parts)
 
     @property
     def num_attention_heads(self) -> int:
-        return self.parts[0].num_attention_heads
+        return spec(self.parts[0]).num_heads
 
     @property
-    def patch_size(self) -> Any:
-        return self.parts[0].patch_size
+    def patch_size(self) -> int:
+        return spec(self.parts[0]).patch_size
 
     @property
     def image_size(self) -> int:

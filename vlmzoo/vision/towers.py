@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from vlmzoo.connector import Grid
+from vlmzoo.connector import Grid, VisionSpec
 from vlmzoo.registry import unknown
 from vlmzoo.vision.blocks import from_blocks, from_windows, to_patches
 
@@ -23,6 +23,10 @@ Arrange = Callable[[PreTrainedConfig, Tensor, Sequence[Grid], Grid], Tensor]
 
 def _own_side(config: PreTrainedConfig) -> int:
     return square(config.image_size, "image_size")
+
+
+def _itself(config: PreTrainedConfig) -> PreTrainedConfig:
+    return config
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Tower:
     hidden_states: whether features of single layers can be read, beside what it gives.
     tiled: whether it encodes all crops of an image together, always `max_num_tiles` of them, some of which are empty.
     norm_eps: of its norms, where its configuration names none.
+    known: the configuration that this is read from, where it is not its own.
     trim: takes away what stands behind its last hidden state, which no connector reads.
     """
 
@@ -56,6 +61,7 @@ class Tower:
     trim: Callable[[Any], None] = lambda model: None
     tiled: bool = False
     hidden_states: bool = True
+    known: Callable[[PreTrainedConfig], PreTrainedConfig] = _itself
 
     @property
     def model(self) -> type[PreTrainedModel]:
@@ -77,7 +83,29 @@ def tower(config: PreTrainedConfig) -> Tower:
 
 def image_side(config: PreTrainedConfig) -> int:
     """Pixels a side of the images that a tower was made for."""
-    return tower(config).side(config)
+    kind = tower(config)
+    return kind.side(kind.known(config))
+
+
+def num_prefix(config: PreTrainedConfig) -> int:
+    """How many hidden states stand before the patches, CLS first."""
+    kind = tower(config)
+    return kind.num_prefix(kind.known(config))
+
+
+def spec(config: PreTrainedConfig) -> VisionSpec:
+    """What connectors may know of a tower, read from its configuration."""
+    kind = tower(config)
+    known: Any = kind.known(config)
+    return VisionSpec(
+        hidden_size=getattr(known, kind.width),
+        num_layers=known.num_hidden_layers,
+        num_heads=known.num_attention_heads,
+        norm_eps=getattr(known, "layer_norm_eps", None) or getattr(known, "rms_norm_eps", kind.norm_eps),
+        patch_size=square(known.patch_size, "patch_size"),
+        has_cls=num_prefix(config) > 0,
+        widths=getattr(known, "widths", ()),
+    )
 
 
 def square(size: int | Sequence[int], what: str) -> int:
@@ -98,6 +126,18 @@ def _interpolating(config: PreTrainedConfig, pixels: Tensor, grids: Sequence[Gri
 
 
 def _plain(config: PreTrainedConfig, pixels: Tensor, grids: Sequence[Grid]) -> dict[str, Any]:
+    return {"pixel_values": pixels}
+
+
+def _own_size(config: PreTrainedConfig, pixels: Tensor) -> None:
+    side = image_side(config)
+    if tuple(pixels.shape[-2:]) != (side, side):
+        raise ValueError(f"encoder: expected crops of {side} x {side} pixels, got {tuple(pixels.shape[-2:])}")
+
+
+def _fixed(config: PreTrainedConfig, pixels: Tensor, grids: Sequence[Grid]) -> dict[str, Any]:
+    """timm: of the size that it was made for."""
+    _own_size(config, pixels)
     return {"pixel_values": pixels}
 
 
@@ -138,9 +178,7 @@ def _sized(config: PreTrainedConfig, pixels: Tensor, grids: Sequence[Grid]) -> d
 
 def _tiled(config: PreTrainedConfig, pixels: Tensor, tilings: Sequence[Grid]) -> dict[str, Any]:
     """Mllama: images with a place for each tile, and which way the tiles that are there stand."""
-    side = image_side(config)
-    if tuple(pixels.shape[-2:]) != (side, side):
-        raise ValueError(f"encoder: expected crops of {side} x {side} pixels, got {tuple(pixels.shape[-2:])}")
+    _own_size(config, pixels)
     supported = [tuple(tiling) for tiling in config.supported_aspect_ratios]
     if other := set(tilings) - set(supported):
         raise ValueError(f"encoder: expected rows and columns of crops among {supported}, got {sorted(other)}")
@@ -221,8 +259,14 @@ def _any_side(config: PreTrainedConfig) -> int:
     return 32 * config.patch_size
 
 
+def _of_timm(config: PreTrainedConfig) -> PreTrainedConfig:
+    from vlmzoo.vision import timm_tower  # an extra
+
+    return timm_tower.known(config)
+
+
 def _all_have_cls(config: Any) -> int:
-    return int(all(tower(part).num_prefix(part) for part in config.parts))
+    return int(all(num_prefix(part) for part in config.parts))
 
 
 TOWERS: dict[str, Tower] = {
@@ -284,6 +328,9 @@ TOWERS: dict[str, Tower] = {
         side=_side_of_positions("num_position_embeddings"),
         norm_eps=1e-6,
         trim=_without_mergers,
+    ),
+    "timm_wrapper": Tower(
+        "vlmzoo.vision.timm_tower", "TimmTower", _fixed, lambda config: config.num_prefix_tokens, known=_of_timm
     ),
     "vlmzoo_several_towers": Tower("vlmzoo.vision.several", "SeveralTowers", _plain, _all_have_cls),
 }
