@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
@@ -10,7 +11,7 @@ from vlmzoo.sweeps.table import MEASURES, accuracy
 
 WIDTH, LABELS, VALUES = 820, 250, 100  # pixels: the picture, its left column, its right one
 ROW, TOP, BOTTOM = 34, 46, 34
-LIGHT = ("#2a6fbb", "#d2622b", "#2f8f5b", "#8a56b8", "#b08300", "#c43d74", "#2792a3", "#6f6f6f")
+COLOURS = ("#2a6fbb", "#d2622b", "#2f8f5b", "#8a56b8", "#b08300", "#c43d74", "#2792a3", "#6f6f6f")  # report.html's
 STYLE = """
 text { font: 14px system-ui, "Segoe UI", Roboto, sans-serif; fill: #1d2126; }
 .soft { fill: #5d6670; font-size: 12px; } .grid { stroke: #ecece8; } .mark { stroke: #5d6670; stroke-dasharray: 4 4; }
@@ -21,8 +22,8 @@ text { font: 14px system-ui, "Segoe UI", Roboto, sans-serif; fill: #1d2126; }
 """
 
 
-def render(summary: dict[str, Any]) -> str:
-    """The picture as SVG; connectors in the order of the rows, blind and oracle as lines."""
+def render(summary: dict[str, Any], colours: Mapping[str, int]) -> str:
+    """The picture as SVG; connectors in the order of the rows, each in its colour; blind and oracle as lines."""
     rows = summary["rows"]
     marks = {MEASURES[name]: summary[name]["accuracy"] for name in ("blind", "oracle")}
     marks = {label: 100 * value for label, value in marks.items() if value is not None}
@@ -38,9 +39,8 @@ def render(summary: dict[str, Any]) -> str:
     for label, value in marks.items():
         drawn.append(f'<path class="mark" d="M{x(value):.1f} {TOP - 6}V{bottom}"/>')
         drawn.append(f'<text class="soft middle" x="{x(value):.1f}" y="{TOP - 14}">{label} {value:.1f}</text>')
-    colours: dict[str, str] = {}
     for number, row in enumerate(rows):
-        colour = colours.setdefault(row["connector"], LIGHT[len(colours) % len(LIGHT)])
+        colour = COLOURS[colours[row["connector"]] % len(COLOURS)]
         y = TOP + ROW * (number + 0.5)
         parts = [row[key] for key in ("encoder", "llm") if len({other[key] for other in rows}) > 1]
         varied = f' <tspan class="soft">{escape(" → ".join(parts).replace("world:", ""))}</tspan>' if parts else ""

@@ -31,26 +31,32 @@ COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 MOST_NAMED = 3
 
 
+def colours(trials: Sequence[Trial]) -> dict[str, int]:
+    """The number of each connector's colour, by their order in the study."""
+    names = dict.fromkeys(trial.connector for trial in trials if not trial.is_baseline)
+    return {name: index for index, name in enumerate(names)}
+
+
 def render(title: str, study: SweepConfig, trials: Sequence[Trial], summary: Summary) -> str:
     """The page as HTML."""
     template = Template((resources.files("vlmzoo.sweeps") / "report.html").read_text(encoding="utf-8"))
     rows = summary["rows"]
     connectors = [trial for trial in trials if not trial.is_baseline]
-    colours = {name: index for index, name in enumerate(dict.fromkeys(trial.connector for trial in connectors))}
+    number_of = colours(trials)
     nothing = '<p class="note">No trial has finished yet.</p>'
     return template.substitute(
         title=escape(title),
         facts=_facts(trials),
         finding=_finding(summary),
         warning=_warning(trials),
-        accuracy=_accuracy(summary, colours) if rows else nothing,
+        accuracy=_accuracy(summary, number_of) if rows else nothing,
         measures=_measures(summary),
-        table=_table(rows, colours) if rows else nothing,
-        capabilities=_capabilities(summary, colours) if rows else nothing,
-        pairs=_pairs(rows, colours),
-        costs=_costs(rows, colours) if rows else nothing,
-        curves=_curves(connectors, colours) or nothing,
-        samples=_samples(samples(trials), colours) or nothing,
+        table=_table(rows, number_of) if rows else nothing,
+        capabilities=_capabilities(summary, number_of) if rows else nothing,
+        pairs=_pairs(rows, number_of),
+        costs=_costs(rows, number_of) if rows else nothing,
+        curves=_curves(connectors, number_of) or nothing,
+        samples=_samples(samples(trials), number_of) or nothing,
         stages=_stages(study),
         recipe=escape(dump(study)),
         version=__version__,

@@ -61,7 +61,8 @@ def write_report(out: Path) -> summary.Summary:
     trials = plan(study, out)
     found = summary.summarise(trials)
     summary.write(found, out)
-    write_whole(out / "figure.svg", figure.render(found))
+    colours = report.colours(trials)
+    write_whole(out / "figure.svg", figure.render(found, colours))
     write_whole(out / "report.html", report.render(out.resolve().name, study, trials, found))
     return found
 
