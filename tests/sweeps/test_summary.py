@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -67,6 +68,16 @@ def test_unfinished_trials_are_left_out_and_named(tmp_path: Path) -> None:
     assert rows == {"mlp": [0, 1], "linear": [1]}
     text = (tmp_path / "report.html").read_text()
     assert "1 of 4 trials have no result and are left out: linear, world:clip, world:llama, seed 0." in text
+
+
+def test_a_summary_whose_trials_are_elsewhere_is_kept(tmp_path: Path) -> None:
+    write_sweep(tmp_path, make_study(["mlp"], [0]))
+    write_report(tmp_path)
+    kept = (tmp_path / "summary.json").read_bytes()
+    shutil.rmtree(tmp_path / "trials")
+    with pytest.raises(ValueError, match=r"trials: is not there; summary\.json, which came from it, stays as it is"):
+        write_report(tmp_path)
+    assert (tmp_path / "summary.json").read_bytes() == kept
 
 
 def test_many_unfinished_trials_are_counted(tmp_path: Path) -> None:

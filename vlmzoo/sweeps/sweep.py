@@ -55,9 +55,11 @@ def write_report(out: Path) -> summary.Summary:
     """The summary of a sweep's directory, computed again from its trials and written there with the report.
 
     Raises:
-        ValueError: no study there, or results that cannot be read.
+        ValueError: no study there, results that cannot be read, or a summary without the trials that it came from.
     """
     study = load(SweepConfig, out / "study.yaml")
+    if (out / "summary.json").exists() and not (out / "trials").is_dir():
+        raise ValueError(f"{out / 'trials'}: is not there; summary.json, which came from it, stays as it is")
     trials = plan(study, out)
     found = summary.summarise(trials)
     summary.write(found, out)
