@@ -140,6 +140,11 @@ class AnyResolution(Connector):
         self.max_tiles, self.tile_size, self.patch_size = max_tiles, tile_size, vision.patch_size
         self.newline = nn.Parameter(torch.randn(text_dim) / text_dim**0.5)
 
+    @staticmethod
+    def resolved(options: dict[str, Any]) -> dict[str, Any]:
+        """With the inner connector's options written out."""
+        return {**options, "options": connectors.resolve(options["connector"], options["options"] or {})}
+
     def tiles(self, size: tuple[int, int], crop: Grid) -> Grid:
         side = self.tile_size
         tile = (side, side) if side else (crop[0] * self.patch_size, crop[1] * self.patch_size)

@@ -76,6 +76,9 @@ class Registry:
     def resolve(self, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         """The given options with every default written out.
 
+        A part whose options name another part writes out that one's too, by a static method
+        `resolved(options) -> options`.
+
         Raises:
             ValueError: an option that the part does not have, or a required one that is missing.
         """
@@ -91,7 +94,8 @@ class Registry:
                 resolved[key] = parameter.default
             else:
                 raise ValueError(f"{self.kind} {name!r} needs its option {key!r}, which has no default")
-        return resolved
+        further = getattr(self.get(name), "resolved", None)
+        return further(resolved) if further else resolved
 
     def create(self, name: str, options: Mapping[str, Any], provided: Mapping[str, Any]) -> Any:
         """A new part from its resolved options and those of the provided values that its constructor names."""

@@ -16,7 +16,7 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, u
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
 from tests.connectors.parts import TEXT, VISION, create, distance, rescale, visual_input
-from vlmzoo.connector import Grid, ImageLayout, VisualInput
+from vlmzoo.connector import Grid, ImageLayout, VisualInput, connectors
 from vlmzoo.connectors import anyres
 from vlmzoo.connectors.anyres import PINPOINTS, AnyResolution, Mosaic, best_pinpoint, padding
 
@@ -342,3 +342,11 @@ def test_crops_that_are_no_thumbnail_and_tiles_are_refused() -> None:
 def test_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         create("anyres", options)
+
+
+def test_the_inner_options_are_written_out() -> None:
+    resolved = connectors.resolve("anyres", {"connector": "perceiver", "options": {"num_latents": 9}})
+    assert resolved["options"] == connectors.resolve("perceiver", {"num_latents": 9})
+    assert connectors.resolve("anyres", resolved) == resolved
+    with pytest.raises(ValueError, match="unknown option of connector 'perceiver': 'num_latent'; did you mean"):
+        connectors.resolve("anyres", {"connector": "perceiver", "options": {"num_latent": 9}})
