@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,19 @@ def test_hidden_states_are_those_of_timm(architecture: str) -> None:
     assert distance(found[2].values, last[:, prefix:]) < 1e-5
     assert found[0].grids == ((4, 4),) * 3
     assert distance(found[0].values, found[1].values) > 0.1
+
+
+def test_threads_do_not_see_one_another() -> None:
+    encoder = VisionEncoder(tower("vit_base_patch16_224"))
+    images = [torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(seed)) for seed in range(40)]
+
+    def features(pixels: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return encoder.encode(pixels, FeatureRequest((-2,)))[0].values
+
+    expected = [features(pixels) for pixels in images]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(map(torch.equal, pool.map(features, images), expected))
 
 
 def test_what_connectors_may_know_is_read_from_the_architecture() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import threading
 from functools import cache
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperModel
+
+_HOOKED = threading.Lock()
+"""Held while hooks are on a tower: another thread's forward would enter its states too."""
 
 
 class TimmTower(TimmWrapperModel):
@@ -40,13 +44,14 @@ class TimmTower(TimmWrapperModel):
         def leave(block: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             states.append(output)
 
-        hooks = [block.register_forward_pre_hook(enter) for block in blocks]
-        hooks.append(blocks[-1].register_forward_hook(leave))
-        try:
-            last = self.timm_model.forward_features(pixel_values)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with _HOOKED:
+            hooks = [block.register_forward_pre_hook(enter) for block in blocks]
+            hooks.append(blocks[-1].register_forward_hook(leave))
+            try:
+                last = self.timm_model.forward_features(pixel_values)
+            finally:
+                for hook in hooks:
+                    hook.remove()
         return BaseModelOutput(last_hidden_state=last, hidden_states=tuple(states) if output_hidden_states else None)
 
 
