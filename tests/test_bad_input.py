@@ -443,7 +443,7 @@ def largest_file(num_bytes: int) -> Iterator[None]:
     ("num_bytes", "names"),
     [
         pytest.param(100, "out/config.yaml", id="configuration"),
-        pytest.param(10_000, "out/features", id="features"),
+        pytest.param(10_000, "out/cache", id="cache"),
         pytest.param(100_000, "out/checkpoints", id="checkpoint"),
         pytest.param(300_000, "out/checkpoints", id="optimizer"),
     ],

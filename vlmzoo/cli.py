@@ -173,7 +173,9 @@ def _train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="DIR", type=Path, help="the run's directory (default: runs/<name of the YAML>)"
     )
-    parser.add_argument("--cache", metavar="DIR", type=Path, help="where features are kept (default: OUT/features)")
+    parser.add_argument(
+        "--cache", metavar="DIR", type=Path, help="where features and token ids are kept (default: OUT/cache)"
+    )
     _plugin(parser)
 
 

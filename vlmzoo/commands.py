@@ -89,7 +89,7 @@ def train(args: argparse.Namespace) -> int:
     from vlmzoo.sweeps.trial import run_trial
 
     build.load_connectors(args.plugin)
-    result = run_trial(run, out, args.cache or out / "features")
+    result = run_trial(run, out, args.cache or out / "cache")
     _print_scores(result["evaluation"])
     print(f"{out}: {result['connector']}, {duration(result['seconds'])}")
     return 0
@@ -106,7 +106,7 @@ def transplant(args: argparse.Namespace) -> int:
     file = transplant(
         args.source, args.connector, args.data, args.out, images=args.images, base=args.base, encoder=args.encoder
     )
-    result = run_trial(load(RunConfig, file, args.overrides), args.out, args.out / "features")
+    result = run_trial(load(RunConfig, file, args.overrides), args.out, args.out / "cache")
     for stage, loss in result["final_loss"].items():
         print(f"{stage}: loss {loss:.3f}")
     print(f"{args.out / 'model'}: {result['connector']}, {duration(result['seconds'])}")
@@ -151,7 +151,7 @@ def sweep(args: argparse.Namespace) -> int:
         study = resolve(study)
         trials = plan(study, out)
         if not args.dry_run:
-            outcome = run_sweep(study, out, train_command(out / "features", args.plugin), workers=args.workers)
+            outcome = run_sweep(study, out, train_command(out / "cache", args.plugin), workers=args.workers)
     if args.dry_run:
         if args.json:
             keys = ("hash", "connector", "encoder", "llm", "seed")

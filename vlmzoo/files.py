@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,20 @@ def whole_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def computed_once(path: Path, compute: Callable[[Path], None], name: str) -> None:
+    """A folder that `compute` fills where it is not there; a damaged one is computed again, with a message.
+
+    Of several processes at once one computes, and the others wait for it.
+    """
+    with locked(path.with_suffix(".lock"), wait=True):
+        if path.exists() and (fault := damage(path)) is not None:
+            print(f"{name}: {fault}; computing it again", file=sys.stderr)
+            shutil.rmtree(path)
+        if not path.exists():
+            with whole_folder(path) as aside:
+                compute(aside)
 
 
 def damage(path: Path) -> str | None:

@@ -17,6 +17,7 @@ from vlmzoo.data.collate import collate
 from vlmzoo.data.images import load_image
 from vlmzoo.data.records import Record, RecordError, read_records
 from vlmzoo.data.samples import Sample
+from vlmzoo.data.token_cache import TokenCache
 from vlmzoo.model import VisionLanguageModel
 from vlmzoo.processor import VisionLanguageProcessor, image_inputs
 from vlmzoo.vision.cache import FeatureCache
@@ -39,9 +40,10 @@ class SampleSet:
     """The records of a data set, read and checked; samples are built when they are asked for.
 
     Args:
-        cache: the folder of feature caches, filled at the first batch; None: images are read as pixels every time, as
-            those that are cut into tiles or keep their proportions always are.
+        cache: the folder of features and token ids, filled at the first batch; None: texts are tokenised and images
+            read as pixels every time, as images that are cut into tiles or keep their proportions always are.
         sees: what stands in the place of each image.
+        encoder_moves: its features are not kept then.
     """
 
     def __init__(
@@ -51,9 +53,12 @@ class SampleSet:
         data: DataConfig,
         cache: Path | None = None,
         sees: Sight = "image",
+        *,
+        encoder_moves: bool = False,
     ) -> None:
         self.records = [seen(record, sees) for record in read_records(*build.dataset(data), data.limit)]
         self._model, self._processor, self._data, self._cache_folder = model, processor, data, cache
+        self._encoder_moves = encoder_moves
         self._builder = processor.sample_builder(data)
         self._where = {path: record.where for record in self.records for path in record.images}
 
@@ -62,7 +67,10 @@ class SampleSet:
 
     def samples(self, indices: Sequence[int], *, generation: bool = False) -> list[Sample]:
         """Samples of these records; for generation without their last answers."""
-        return self._builder.build([self.records[index] for index in indices], generation=generation)
+        records = [self.records[index] for index in indices]
+        if generation or self._tokens is None:
+            return self._builder.build(records, generation=generation)
+        return self._builder.assemble(records, [self._tokens[index] for index in indices])
 
     def shuffled(self, count: int) -> list[Sample]:
         """The first `count` records for generation, each with the images of the next one that has as many.
@@ -91,8 +99,8 @@ class SampleSet:
             for key, value in collate(samples, pad_token_id=pad, padding_side=padding_side).items()
         }
         images = [path for sample in samples for path in sample.images]
-        if images and self._cache is not None:
-            batch["image_features"] = self._cache.batch(images)
+        if images and self._features is not None:
+            batch["image_features"] = self._features.batch(images)
         elif images:
             crops = [self._processor.crops(self._image(path), self._data.image_mode) for path in images]
             batch |= image_inputs(crops, [layout for sample in samples for layout in sample.layouts])
@@ -100,13 +108,25 @@ class SampleSet:
         return batch
 
     def open_cache(self) -> None:
-        """Computes the features that are not there yet, before anybody waits for a batch."""
-        _ = self._cache
+        """Computes the features and token ids that are not there yet, before anybody waits for a batch.
+
+        Raises:
+            RecordError: a conversation that the template cannot express.
+        """
+        _ = self._features, self._tokens
 
     @cached_property
-    def _cache(self) -> FeatureCache | None:
+    def _tokens(self) -> TokenCache | None:
+        return (
+            None
+            if self._cache_folder is None
+            else TokenCache(self._builder, self.records, self._cache_folder / "tokens")
+        )
+
+    @cached_property
+    def _features(self) -> FeatureCache | None:
         several_sizes = self._processor.layouts.tiled or self._data.image_mode == "native"
-        if self._cache_folder is None or not self._where or several_sizes:
+        if self._cache_folder is None or not self._where or several_sizes or self._encoder_moves:
             return None
         preprocessing = {
             "mode": self._data.image_mode,
@@ -120,7 +140,7 @@ class SampleSet:
             self._pixels,
             preprocessing,
             self._model.connector.requires,
-            self._cache_folder,
+            self._cache_folder / "features",
         )
 
     def _pixels(self, path: Path) -> Tensor:

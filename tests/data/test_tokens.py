@@ -7,8 +7,8 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from vlmzoo.config import Template
-from vlmzoo.data import templates
 from vlmzoo.data.records import Turn
+from vlmzoo.data.templates import GENERATION, Renderer
 from vlmzoo.data.tokens import Tokenised, stop_token_ids, tokenise
 
 ANSWERS = ["A red cube.", "字 and é 🎉", " leads with a space", "Two\ncats", "\n", "trails \n", "no"]
@@ -22,7 +22,7 @@ def turns(*texts: str) -> tuple[Turn, ...]:
 def encode(
     conversation: tuple[Turn, ...], template: Template, tokenizer: PreTrainedTokenizerBase, *, generation: bool = False
 ) -> Tokenised:
-    (tokens,) = tokenise([templates.render(conversation, template, tokenizer, generation=generation)], tokenizer)
+    (tokens,) = tokenise([Renderer(template, tokenizer).render(conversation, generation=generation)], tokenizer)
     return tokens
 
 
@@ -188,7 +188,7 @@ def test_what_a_template_marks_as_generated_is_what_follows_the_prompts(tokenize
     marked = _copy(tokenizers["byte-level"], MARKED)
     for texts in (["<image>\nWhat?", "A cube."], ["What?", "Two\ncats", "And?", "A.", "Who?", " é 字 "]):
         assert encode(turns(*texts), Template.chat, marked) == encode(turns(*texts), Template.chat, plain)
-    assert templates.GENERATION.search(MARKED)
+    assert GENERATION.search(MARKED)
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,8 @@ def test_features_are_cached_until_the_encoder_moves(values: dict[str, Any], tmp
     run = build.resolve(parse(RunConfig, values))
     assert [loop.moves_vision(run, index) for index in range(3)] == [False, True, True]
     train_in(values, tmp_path / "out", tmp_path / "cache")
-    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1
+    assert len(list((tmp_path / "cache" / "features").rglob("*.safetensors"))) == 1
+    assert len(list((tmp_path / "cache" / "tokens").rglob("*.safetensors"))) == 2  # what both templates make of it
 
 
 def test_images_of_many_sizes_train_and_answer_in_tiles(folder: Path, tmp_path: Path) -> None:
@@ -217,7 +218,7 @@ def test_images_of_many_sizes_train_and_answer_in_tiles(folder: Path, tmp_path: 
     assert model(**batch).loss.isfinite()
     result = run_trial(run, tmp_path / "trial", tmp_path / "cache")
     assert result["visual_tokens"] == 9 + 3 * 5
-    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    assert not list((tmp_path / "cache").rglob("features/**/*.safetensors"))
 
 
 @pytest.mark.parametrize("clip", [None, 1e-3])

@@ -28,12 +28,13 @@ def collate(samples: Sequence[Sample], *, pad_token_id: int, padding_side: Side 
 
 def _pad(rows: Sequence[Sequence[int]], value: int, side: Side) -> tuple[Tensor, Tensor]:
     """The rows as one tensor, and a mask that is 1 where a value is real."""
-    width = max(1, *(len(row) for row in rows))
-    gaps = [width - len(row) for row in rows]
+    lengths = torch.tensor([len(row) for row in rows])
+    width = max(1, int(lengths.max()))
+    places = torch.arange(width)
     if side == "right":
-        padded = [[*row, *[value] * gap] for row, gap in zip(rows, gaps, strict=True)]
-        mask = [[1] * (width - gap) + [0] * gap for gap in gaps]
+        padded = [[*row, *[value] * (width - len(row))] for row in rows]
+        mask = places < lengths[:, None]
     else:
-        padded = [[*[value] * gap, *row] for row, gap in zip(rows, gaps, strict=True)]
-        mask = [[0] * gap + [1] * (width - gap) for gap in gaps]
-    return torch.tensor(padded, dtype=torch.long), torch.tensor(mask, dtype=torch.long)
+        padded = [[*[value] * (width - len(row)), *row] for row in rows]
+        mask = places >= width - lengths[:, None]
+    return torch.tensor(padded, dtype=torch.long), mask.long()

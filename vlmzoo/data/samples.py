@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from vlmzoo.config import Template
 from vlmzoo.connector import ImageLayout
 from vlmzoo.data.records import IMAGE_TOKEN, Record, RecordError
-from vlmzoo.data.templates import Rendered, instruction_texts, render, special_tokens
+from vlmzoo.data.templates import Rendered, Renderer, instruction_texts, special_tokens
 from vlmzoo.data.tokens import Tokenised, tokenise
 
 IGNORE = -100
@@ -69,16 +70,42 @@ class SampleBuilder:
         """The records' samples; for generation, their prompts without the last answer.
 
         Raises:
-            RecordError: a conversation that the template cannot express, an image or all targets beyond
-                `max_length`, a prompt longer than that, no target at all.
+            RecordError: what `tokens` and `assemble` raise.
+        """
+        return self.assemble(records, self.tokens(records, generation=generation), generation=generation)
+
+    def tokens(self, records: Sequence[Record], *, generation: bool = False) -> list[Tokenised]:
+        """The records' conversations, with one `<image>` an image, and the instructions that their connector reads.
+
+        Raises:
+            RecordError: a conversation that the template cannot express.
         """
         rendered = [self._render(record, generation) for record in records]
-        tokens = tokenise(rendered, self.tokenizer)
+        found = tokenise(rendered, self.tokenizer)
+        if not self.instruction:
+            return found
+        return [
+            replace(tokens, instruction_ids=self._instructions(record))
+            for record, tokens in zip(records, found, strict=True)
+        ]
+
+    def assemble(
+        self, records: Sequence[Record], tokens: Sequence[Tokenised], *, generation: bool = False
+    ) -> list[Sample]:
+        """Samples of these records with the slots of their images laid out.
+
+        Raises:
+            RecordError: an image or all targets beyond `max_length`, a prompt longer than that, no target at all.
+        """
         return [self._sample(record, found, generation) for record, found in zip(records, tokens, strict=True)]
+
+    @cached_property
+    def _renderer(self) -> Renderer:
+        return Renderer(self.template, self.tokenizer)
 
     def _render(self, record: Record, generation: bool) -> Rendered:
         try:
-            return render(record.turns, self.template, self.tokenizer, generation=generation)
+            return self._renderer.render(record.turns, generation=generation)
         except ValueError as error:
             raise RecordError(f"{record.where}: {error}") from None
 
@@ -86,7 +113,7 @@ class SampleBuilder:
         layouts = tuple(self.layout(path, record.where) for path in record.images)
         if (placed := tokens.input_ids.count(self.image_token_id)) != len(layouts):
             raise RecordError(f"{record.where}: its text has {placed} {IMAGE_TOKEN} for {len(layouts)} images")
-        ids = tokens.input_ids
+        ids = list(tokens.input_ids)
         labels = [token if target else IGNORE for token, target in zip(ids, tokens.supervised, strict=True)]
         images_end = 0
         for layout in layouts:
@@ -100,7 +127,7 @@ class SampleBuilder:
             raise RecordError(
                 f"{record.where}: no target within {self.max_length} tokens; shorten it or raise max_length"
             )
-        return Sample(ids, labels, record.images, layouts, self._instructions(record), record)
+        return Sample(ids, labels, record.images, layouts, tokens.instruction_ids, record)
 
     def _check_length(self, record: Record, length: int, images_end: int, generation: bool) -> None:
         if images_end > self.max_length:
@@ -111,7 +138,5 @@ class SampleBuilder:
             raise RecordError(f"{record.where}: its prompt has {length} tokens, more than max_length {self.max_length}")
 
     def _instructions(self, record: Record) -> tuple[list[int], ...]:
-        if not self.instruction:
-            return ()
         texts = instruction_texts(record.turns, self.template)
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)

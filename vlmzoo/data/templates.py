@@ -37,36 +37,94 @@ class Rendered:
     targets: tuple[Span, ...]  # what it shall say, end markers included; a prompt has none
 
 
-def render(
-    turns: Sequence[Turn], template: Template, tokenizer: PreTrainedTokenizerBase, *, generation: bool = False
-) -> Rendered:
-    """The conversation's text in a template, without the tokenizer's own BOS.
+class Renderer:
+    """Conversations in one template -> the text that the LLM reads, without the tokenizer's own BOS.
 
-    Texts are data: one that holds a special token of the tokenizer, such as `</s>`, is refused.
-
-    Args:
-        generation: leave the last answer out and end with the prompt for it. There are no targets then.
-
-    Raises:
-        ValueError: turns that the template cannot express, or that hold a special token.
+    What it needs of the tokenizer is read once, here, because every record asks for it.
     """
-    _refuse_special_tokens(turns, tokenizer)
-    if generation and turns[-1].role == "gpt":
-        turns = turns[:-1]
-    if template is Template.plain:
-        return _plain(turns, generation)
-    turns = [Turn(turn.role, _images_first(turn.text)) for turn in turns]
-    if template is Template.vicuna_v1:
-        return _vicuna(turns, tokenizer, generation)
-    return _chat(turns, tokenizer, generation)
 
+    def __init__(self, template: Template, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._template, self._tokenizer = template, tokenizer
+        special = special_tokens(tokenizer)
+        self._markers = tuple(special)
+        self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+        self._marked = bool(GENERATION.search(str(tokenizer.chat_template)))
+        self._options: dict[str, Any] = {**tokenizer.special_tokens_map, **NO_THOUGHTS}
 
-def _refuse_special_tokens(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> None:
-    special = special_tokens(tokenizer)
-    for turn in turns:
-        text = turn.text.replace(IMAGE_TOKEN, "") if turn.role == "human" else turn.text
-        if found := next((token for token in special if token in text), None):
-            raise ValueError(f"a {turn.role} turn holds {found!r}, a special token of the tokenizer: take it out")
+    def render(self, turns: Sequence[Turn], *, generation: bool = False) -> Rendered:
+        """One conversation. Texts are data: one that holds a special token, such as `</s>`, is refused.
+
+        Args:
+            generation: leave the last answer out and end with the prompt for it. There are no targets then.
+
+        Raises:
+            ValueError: turns that the template cannot express, or that hold a special token.
+        """
+        self._refuse_special_tokens(turns)
+        if generation and turns[-1].role == "gpt":
+            turns = turns[:-1]
+        if self._template is Template.plain:
+            return _plain(turns, generation)
+        turns = [Turn(turn.role, _images_first(turn.text)) for turn in turns]
+        if self._template is Template.vicuna_v1:
+            return _vicuna(turns, str(self._tokenizer.eos_token), generation)
+        if generation:
+            return Rendered(self._apply(turns, prompt=True), ())
+        return self._by_marks(turns) if self._marked else self._by_prompts(turns)
+
+    def _refuse_special_tokens(self, turns: Sequence[Turn]) -> None:
+        for turn in turns:
+            text = turn.text.replace(IMAGE_TOKEN, "") if turn.role == "human" else turn.text
+            if found := self._special.search(text):
+                raise ValueError(
+                    f"a {turn.role} turn holds {found[0]!r}, a special token of the tokenizer: take it out"
+                )
+
+    def _by_marks(self, turns: Sequence[Turn]) -> Rendered:
+        """The conversation in a template with `{% generation %}`, which says in one pass what is generated."""
+        chat: Any = [_messages(turns)]
+        with _refusals():
+            found: Any = render_jinja_template(
+                chat,
+                chat_template=str(self._tokenizer.chat_template),
+                return_assistant_tokens_mask=True,
+                **self._options,
+            )
+        (text,), (spans,) = found
+        targets = [(int(start), int(start) + len(self._until_end(text[start:end]))) for start, end in spans]
+        answers = [(index, turn) for index, turn in enumerate(turns) if turn.role == "gpt"]
+        if len(targets) != len(answers):
+            raise ValueError(f"the chat template marks {len(targets)} answers as generated, expected {len(answers)}")
+        for (start, end), (index, turn) in zip(targets, answers, strict=True):
+            _check_answer(text[start:end], index, turn)
+        return Rendered(text, tuple(targets))
+
+    def _by_prompts(self, turns: Sequence[Turn]) -> Rendered:
+        """The conversation in any other template: an answer is what follows the prompt for it."""
+        text, targets = self._apply(turns), []
+        for index, turn in enumerate(turns):
+            if turn.role == "human":
+                continue
+            start = self._apply(turns[:index], prompt=True)
+            end = self._apply(turns[: index + 1])
+            if not (text.startswith(end) and end.startswith(start)):
+                raise ValueError(
+                    f"the chat template is not prefix-stable: it writes turn {index} otherwise within the whole"
+                )
+            answer = end[len(start) :]
+            _check_answer(answer, index, turn)
+            targets.append((len(start), len(start) + len(self._until_end(answer))))
+        return Rendered(text, tuple(targets))
+
+    def _apply(self, turns: Sequence[Turn], *, prompt: bool = False) -> str:
+        options: dict[str, Any] = {"add_generation_prompt": prompt, **NO_THOUGHTS}
+        with _refusals():
+            return str(self._tokenizer.apply_chat_template(_messages(turns), tokenize=False, **options))
+
+    def _until_end(self, answer: str) -> str:
+        """The answer without the space that a template writes between its end marker and the next turn."""
+        stripped = answer.rstrip()
+        return stripped if stripped.endswith(self._markers) else answer
 
 
 def instruction_texts(turns: Sequence[Turn], template: Template) -> list[str]:
@@ -99,7 +157,7 @@ def _plain(turns: Sequence[Turn], generation: bool) -> Rendered:
     return Rendered(text, ((len(images), len(text)),))
 
 
-def _vicuna(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, generation: bool) -> Rendered:
+def _vicuna(turns: Sequence[Turn], eos_token: str, generation: bool) -> Rendered:
     """Source: Chiang et al., Vicuna (2023); `conv_vicuna_v1` in LLaVA's code."""
     text, targets = f"{VICUNA_SYSTEM} ", []
     for turn in turns:
@@ -107,59 +165,14 @@ def _vicuna(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, generatio
             text += f"USER: {turn.text} ASSISTANT:"
         else:
             start = len(text)  # the space is the answer's: a prompt to generate from ends with the colon
-            text += f" {turn.text}{tokenizer.eos_token}"
+            text += f" {turn.text}{eos_token}"
             targets.append((start, len(text)))
     return Rendered(text, () if generation else tuple(targets))
-
-
-def _chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, generation: bool) -> Rendered:
-    """The tokenizer's own template. An answer is what it marks as generated, or what follows the prompt for it."""
-    if not generation and GENERATION.search(str(tokenizer.chat_template)):
-        return _marked(turns, tokenizer)
-    text = _apply(turns, tokenizer, generation)
-    if generation:
-        return Rendered(text, ())
-    targets, markers = [], tuple(special_tokens(tokenizer))
-    for index, turn in enumerate(turns):
-        if turn.role == "human":
-            continue
-        start = _apply(turns[:index], tokenizer, True)
-        end = _apply(turns[: index + 1], tokenizer, False)
-        if not (text.startswith(end) and end.startswith(start)):
-            raise ValueError(
-                f"the chat template is not prefix-stable: it writes turn {index} otherwise within the whole"
-            )
-        answer = end[len(start) :]
-        _check_answer(answer, index, turn)
-        targets.append((len(start), len(start) + len(_until_end(answer, markers))))
-    return Rendered(text, tuple(targets))
-
-
-def _marked(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """The conversation in a template with `{% generation %}`, which says in one pass what is generated."""
-    options: Any = {"chat_template": tokenizer.chat_template, **tokenizer.special_tokens_map, **NO_THOUGHTS}
-    with _refusals():
-        found: Any = render_jinja_template([_messages(turns)], return_assistant_tokens_mask=True, **options)
-    (text,), (spans,) = found
-    markers = tuple(special_tokens(tokenizer))
-    targets = [(int(start), int(start) + len(_until_end(text[start:end], markers))) for start, end in spans]
-    answers = [(index, turn) for index, turn in enumerate(turns) if turn.role == "gpt"]
-    if len(targets) != len(answers):
-        raise ValueError(f"the chat template marks {len(targets)} answers as generated, expected {len(answers)}")
-    for (start, end), (index, turn) in zip(targets, answers, strict=True):
-        _check_answer(text[start:end], index, turn)
-    return Rendered(text, tuple(targets))
 
 
 def _check_answer(written: str, index: int, turn: Turn) -> None:
     if turn.text.strip() not in written:
         raise ValueError(f"the chat template changes the answer of turn {index}: {turn.text!r} to {written!r}")
-
-
-def _apply(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, prompt: bool) -> str:
-    options: dict[str, Any] = {"add_generation_prompt": prompt, **NO_THOUGHTS}
-    with _refusals():
-        return str(tokenizer.apply_chat_template(_messages(turns), tokenize=False, **options))
 
 
 def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
@@ -173,12 +186,6 @@ def _refusals() -> Iterator[None]:
         yield
     except TemplateError as error:
         raise ValueError(f"the chat template refuses the conversation ({error})") from None
-
-
-def _until_end(answer: str, markers: tuple[str, ...]) -> str:
-    """The answer without the space that a template writes between its end marker and the next turn."""
-    stripped = answer.rstrip()
-    return stripped if stripped.endswith(markers) else answer
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vlmzoo.config import Template
 from vlmzoo.data.records import Turn
-from vlmzoo.data.templates import Rendered, Span, render, special_tokens
+from vlmzoo.data.templates import Rendered, Renderer, Span, special_tokens
 
 BEYOND = (math.inf, math.inf)  # a target that no token reaches
 
@@ -20,6 +20,7 @@ BEYOND = (math.inf, math.inf)  # a target that no token reaches
 class Tokenised:
     input_ids: list[int]
     supervised: list[bool]
+    instruction_ids: tuple[list[int], ...] = ()  # one an image where the connector reads the instruction
 
 
 def tokenise(conversations: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -> list[Tokenised]:
@@ -67,7 +68,7 @@ def stop_token_ids(template: Template, tokenizer: PreTrainedTokenizerBase) -> li
     """The tokens that end an answer: the EOS, and what a chat template writes after an answer."""
     stops = {tokenizer.eos_token_id} if isinstance(tokenizer.eos_token_id, int) else set()
     if template is Template.chat:
-        rendered = render((Turn("human", "question"), Turn("gpt", "answer")), template, tokenizer)
+        rendered = Renderer(template, tokenizer).render((Turn("human", "question"), Turn("gpt", "answer")))
         answered = rendered.text[: rendered.targets[-1][1]]
         stops |= {index for token, index in special_tokens(tokenizer).items() if answered.endswith(token)}
     return sorted(stops)

@@ -41,7 +41,7 @@ def train(
     """Trains every stage of a run; called again after any end, it goes on to the same weights, bit for bit.
 
     Args:
-        cache: where features of frozen encoders are kept and shared; None: encode at every step.
+        cache: where features of frozen encoders and token ids are kept and shared; None: computed at every step.
 
     Raises:
         ValueError: data, a configuration or a checkpoint that cannot be used, or a loss that is not finite.
@@ -51,7 +51,8 @@ def train(
     log = Log(out / "metrics.jsonl", position.total)
     trainable: dict[str, int] = {}
     for index, (name, stage) in enumerate(run.stages.items()):
-        data = SampleSet(model, processor, stage.data, None if moves_vision(run, index) else cache, run.sees)
+        moving = moves_vision(run, index)
+        data = SampleSet(model, processor, stage.data, cache, run.sees, encoder_moves=moving)
         total = num_steps(stage, len(data))
         if total == 0:
             continue
@@ -171,8 +172,11 @@ def flop_counter() -> FlopCounterMode:
 @contextmanager
 def seeded(*seeds: int) -> Iterator[None]:
     """torch's generators seeded from these numbers inside, and as they were outside."""
+    seed = int.from_bytes(str(seeds).encode(), "little") % (2**63 - 1)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(int.from_bytes(str(seeds).encode(), "little") % (2**63 - 1))
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed notes a traceback for each backend it lacks
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed_all(seed)
         yield
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vlmzoo.connector import FeatureMap, FeatureRequest
-from vlmzoo.files import damage, locked, sha256, whole_folder
+from vlmzoo.files import computed_once, sha256
 from vlmzoo.vision.encoder import VisionEncoder
 
 SHARD = 1024  # images a file: what is held in memory while computing
@@ -111,13 +110,7 @@ class FeatureCache:
 
 def _open(place: Path, compute: Callable[[Path], None]) -> dict[str, Tensor]:
     """The stored tensors, computed first where they are not there; damaged ones are computed again, with a message."""
-    with locked(place.with_suffix(".lock"), wait=True):
-        if place.exists() and (fault := damage(place)) is not None:
-            print(f"feature cache: {fault}; computing it again", file=sys.stderr)
-            shutil.rmtree(place)
-        if not place.exists():
-            with whole_folder(place) as aside:
-                compute(aside)
+    computed_once(place, compute, "feature cache")
     shards = []
     for file in sorted(place.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
