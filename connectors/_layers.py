@@ -13,11 +13,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vlmzoo.connector import Grid, TokenConnector, VisualInput, side_by_side
-from vlmzoo.kernels.attention import latent_attention
+from vlmzoo.kernels.attention import latent_attention, media_attention
 from vlmzoo.registry import unknown
 
 KeysValues = tuple[Tensor, Tensor]
-"""Both (batch, length, heads, head_dim)."""
+"""Both (batch, length, heads, head_dim); of the images in a text (batch, images, length, heads, head_dim)."""
 
 
 class GridConnector(TokenConnector):
@@ -117,11 +117,11 @@ class MultiHeadAttention(nn.Module):
         self.query_norm, self.key_norm = qk_norm(head_dim), qk_norm(head_dim)
 
     def keys(self, memory: Tensor) -> Tensor:
-        """Keys (batch, length, heads, head_dim) of a memory (batch, length, memory_dim)."""
+        """Keys (…, length, heads, head_dim) of a memory (…, length, memory_dim)."""
         return self.key_norm(self._heads(self.key(memory)))
 
     def values(self, memory: Tensor) -> Tensor:
-        """Values (batch, length, heads, head_dim) of a memory (batch, length, memory_dim)."""
+        """Values (…, length, heads, head_dim) of a memory (…, length, memory_dim)."""
         return self._heads(self.value(memory))
 
     def keys_values(self, memory: Tensor) -> KeysValues:
@@ -142,11 +142,32 @@ class MultiHeadAttention(nn.Module):
         out = latent_attention(q, k, v, k2=k2, v2=v2, mask=mask)
         return self.out(rearrange(out, "batch length heads dim -> batch length (heads dim)"))
 
+    def read_media(
+        self,
+        hidden: Tensor,
+        media: KeysValues,
+        image_of_token: Tensor,
+        mask: Tensor,
+        gate: Tensor,
+        residual: Tensor,
+    ) -> Tensor:
+        """residual + tanh(gate) · what each token reads in its image; see `media_attention`. Bias-free attention only.
+
+        Args:
+            media: keys and values of (batch, images, tokens)
+            mask: (batch, images, tokens), True = a real one
+        """
+        k, v = (self._shared(x) for x in media) if self.sharing > 1 else media
+        q = self.query_norm(self._heads(self.query(hidden))).type_as(v)
+        return media_attention(
+            q, k, v, image_of_token, mask=mask, project=self.out.weight, gate=gate, residual=residual
+        )
+
     def _heads(self, x: Tensor) -> Tensor:
-        return rearrange(x, "batch length (heads dim) -> batch length heads dim", dim=self.head_dim)
+        return rearrange(x, "... (heads dim) -> ... heads dim", dim=self.head_dim)
 
     def _shared(self, x: Tensor) -> Tensor:
-        return x.repeat_interleave(self.sharing, dim=2)
+        return x.repeat_interleave(self.sharing, dim=-2)
 
 
 def image_memory(visual: VisualInput, *, cls: bool = False) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Literal
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -60,29 +59,25 @@ class GatedCrossAttentionBlock(InLLMLayer):
         return self._run(hidden, context)
 
     def _run(self, hidden: Tensor, context: LayerContext) -> Tensor:
-        # A token that sees no image has no key, so that the attention (which has no bias) gives it exactly 0.
-        if context.memory is not None:
-            read = self.attention(self.attention_norm(hidden), self._keys_values(context), mask=media_mask(context))
-            hidden = hidden + self.attention_gate.tanh() * read
+        if context.memory is not None and context.memory_mask is not None:
+            hidden = self.attention.read_media(
+                self.attention_norm(hidden),
+                self.keys_values(context.memory, context),
+                context.image_of_token,
+                context.memory_mask,
+                self.attention_gate,
+                hidden,
+            )
         return hidden + self.feed_forward_gate.tanh() * self.feed_forward(self.feed_forward_norm(hidden))
 
-    def _keys_values(self, context: LayerContext) -> KeysValues:
+    def keys_values(self, memory: Tensor, context: LayerContext) -> KeysValues:
+        """Of a memory (batch, images, tokens, dim), once for all steps of a `generate`."""
         if context.cache is not None and self in context.cache:
             return context.cache[self]
-        memory = rearrange(context.memory, "batch images tokens dim -> batch (images tokens) dim")
         keys_values = self.attention.keys_values(memory)
         if context.cache is not None:
             context.cache[self] = keys_values
         return keys_values
-
-
-def media_mask(context: LayerContext) -> Tensor:
-    """(batch, 1, length, images * memory_tokens), True where a text token sees a token of its last image."""
-    images = torch.arange(context.memory_mask.shape[1], device=context.memory_mask.device)
-    last = context.image_of_token[:, :, None, None] == images[:, None]
-    return rearrange(
-        last & context.memory_mask[:, None], "batch length images tokens -> batch 1 length (images tokens)"
-    )
 
 
 @register("gated_cross_attention")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -23,8 +23,14 @@ from vlmzoo.connector import (
     register,
 )
 from vlmzoo.connectors._layers import BlockShape, at_least_one, image_memory
-from vlmzoo.connectors.gated_cross_attention import GatedCrossAttentionBlock, media_mask
+from vlmzoo.connectors.gated_cross_attention import GatedCrossAttentionBlock
 from vlmzoo.registry import unknown
+
+
+def media_mask(image_of_token: Tensor, real: Tensor) -> Tensor:
+    """(batch, length, images, tokens), where a token reads its image's."""
+    images = torch.arange(real.shape[1], device=real.device)
+    return (image_of_token[:, :, None, None] == images[:, None]) & real[:, None]
 
 
 class MllamaBlock(GatedCrossAttentionBlock):
@@ -33,19 +39,28 @@ class MllamaBlock(GatedCrossAttentionBlock):
     Where it `reads_all`, such a token's attention reads whatever its sample's images hold.
     """
 
-    reads_all = False
+    def __init__(self, dim: int, shape: BlockShape, norm: Callable[[int], nn.Module], reads_all: bool) -> None:
+        super().__init__(dim, dim, shape, norm)
+        self.reads_all = reads_all
 
     def _run(self, hidden: Tensor, context: LayerContext) -> Tensor:
-        if context.memory is None or context.memory_mask is None:
+        memory, real = context.memory, context.memory_mask
+        if memory is None or real is None:
             return hidden
-        mask = media_mask(context)
-        sees = mask.any(-1, keepdim=True)
+        read = media_mask(context.image_of_token, real)
+        sees = read.any((2, 3))
+        keys, values = self.keys_values(memory, context)
+        queries = self.attention_norm(hidden)
         if self.reads_all:
-            images = context.memory_mask.any(-1, keepdim=True).expand_as(context.memory_mask).flatten(1)
-            mask = torch.where(sees, mask, images[:, None, None])
-        read = self.attention(self.attention_norm(hidden), self._keys_values(context), mask=mask)
-        hidden = hidden + self.attention_gate.tanh() * read
-        inner = self.feed_forward(self.feed_forward_norm(hidden)) * sees[:, 0]
+            everything = real.any(-1, keepdim=True).expand_as(real)
+            mask = torch.where(sees[..., None, None], read, everything[:, None]).flatten(2)[:, None]
+            found = self.attention(queries, (keys.flatten(1, 2), values.flatten(1, 2)), mask=mask)
+            hidden = hidden + self.attention_gate.tanh() * found
+        else:
+            hidden = self.attention.read_media(
+                queries, (keys, values), context.image_of_token, real, self.attention_gate, hidden
+            )
+        inner = self.feed_forward(self.feed_forward_norm(hidden)) * sees[..., None]
         return hidden + self.feed_forward_gate.tanh() * inner
 
 
@@ -100,9 +115,8 @@ class Mllama(Connector):
         self.project = nn.Linear(len(layers) * vision.hidden_size, dim)
         self.marker = nn.Parameter(torch.empty(dim).normal_(std=0.02))
         norm = partial(nn.RMSNorm, eps=text.norm_eps)
-        self.blocks = nn.ModuleDict({str(layer): MllamaBlock(dim, dim, shape, norm) for layer in places})
-        for block in self.blocks.values():
-            block.reads_all = without_image == "everything"
+        reads_all = without_image == "everything"
+        self.blocks = nn.ModuleDict({str(layer): MllamaBlock(dim, shape, norm, reads_all) for layer in places})
 
     def num_tokens(self, image: ImageLayout) -> int:
         return 1

@@ -161,7 +161,7 @@ class QFormer(Connector):
             )
             for layer in range(num_layers)
         )
-        self.project = nn.Linear(hidden_size, text.hidden_size)
+        self.project: nn.Module = nn.Linear(hidden_size, text.hidden_size)
         self.apply(_initialise)
         # What the last layer makes of the text is dropped, in the source too.
         unused = f"layers.{num_layers - 1}.text_transform."

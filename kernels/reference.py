@@ -1,50 +1,26 @@
-"""Oracles: each kernel once more, in plain operations, to be run in float64."""
+"""The oracle: attention in plain operations, on any device and in any floating type."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    k2: Tensor | None = None,
-    v2: Tensor | None = None,
-    kv_lens: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    mask: Tensor | None = None,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Output (batch, queries, heads, dim) and log-sum-exp (batch, heads, queries) of `latent_attention`.
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Output (batch, queries, heads, dim) and log-sum-exp of the scores (batch, heads, queries).
 
-    Keys that a sample does not have are left out by their index, one sample at a time.
+    Computed in float32 or wider. A query that no key is left to gives 0 and -inf.
+
+    Args:
+        q: (batch, queries, heads, dim)
+        k, v: (batch, keys, heads, dim)
+        mask: bool, broadcastable to (batch, heads, queries, keys), True = attend
     """
-    batch, num_queries, heads, dim = q.shape
-    if scale is None:
-        scale = 1 / math.sqrt(dim)
-    outputs, lses = [], []
-    for row in range(batch):
-        if cu_seqlens_k is not None:
-            segment = slice(int(cu_seqlens_k[row]), int(cu_seqlens_k[row + 1]))
-            keys, values = k[segment], v[segment]
-        else:
-            keys, values = k[row], v[row]
-        columns = list(range(len(keys) if kv_lens is None else int(kv_lens[row])))
-        if k2 is not None and v2 is not None:
-            columns += range(len(keys), len(keys) + k2.shape[1])
-            keys, values = torch.cat([keys, k2[row]]), torch.cat([values, v2[row]])
-        scores = torch.einsum("qhd,khd->hqk", q[row], keys[columns]) * scale
-        keep = torch.ones_like(scores, dtype=torch.bool)
-        if mask is not None:
-            keep = mask.expand(batch, heads, num_queries, len(keys))[row][..., columns]
-        powers = scores.exp() * keep  # no maximum taken off: in float64 scores up to 700 do not overflow
-        total = powers.sum(-1, keepdim=True)
-        weights = powers / total.masked_fill(total == 0, 1)
-        outputs.append(torch.einsum("hqk,khd->qhd", weights, values[columns]))
-        lses.append(total[..., 0].log())
-    return torch.stack(outputs), torch.stack(lses)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    queries, keys, values = (tensor.transpose(1, 2).to(dtype) for tensor in (q, k, v))
+    scores = queries @ keys.mT * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()  # -inf - -inf would be NaN
+    return (weights @ values).to(v.dtype).transpose(1, 2), lse

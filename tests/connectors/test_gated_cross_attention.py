@@ -14,7 +14,6 @@ from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttent
 
 from tests.connectors.parts import SMALL, TEXT, VISION, copy_weights, create, distance, random_input, rescale
 from vlmzoo.connector import LayerContext
-from vlmzoo.connectors import gated_cross_attention
 from vlmzoo.connectors._layers import squared_relu
 
 NAME = "gated_cross_attention"
@@ -112,13 +111,13 @@ def layer_norm(ours: Any, patch: pytest.MonkeyPatch) -> None:
 
 def mask_with(change: Callable[[LayerContext], None]) -> Callable[[Any, pytest.MonkeyPatch], None]:
     def fault(ours: Any, patch: pytest.MonkeyPatch) -> None:
-        honest = gated_cross_attention.media_mask
+        honest = ours._run
 
-        def changed(given: LayerContext) -> Tensor:
+        def changed(hidden: Tensor, given: LayerContext) -> Tensor:
             change(given)
-            return honest(given)
+            return honest(hidden, given)
 
-        patch.setattr(gated_cross_attention, "media_mask", changed)
+        patch.setattr(ours, "_run", changed)
 
     return fault
 
@@ -203,6 +202,7 @@ def test_tokens_before_any_image_read_exactly_nothing() -> None:
     assert torch.equal(out[1, :2], HIDDEN[1, :2])
     assert not torch.equal(out[1, 2:], HIDDEN[1, 2:])
     given.memory, given.memory_mask = given.memory[:, :0], given.memory_mask[:, :0]  # a batch without images
+    given.image_of_token = torch.full_like(given.image_of_token, -1)
     assert torch.equal(block(HIDDEN, given), HIDDEN)
 
 

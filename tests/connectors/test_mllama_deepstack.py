@@ -132,9 +132,9 @@ def test_the_comparison_sees_the_feed_forward_run_without_an_image(monkeypatch: 
     ours, theirs = mllama_pair()
     honest = mllama.media_mask
 
-    def seen(context: LayerContext) -> Tensor:
-        mask = honest(context)
-        return mask | ~mask.any(-1, keepdim=True)
+    def seen(image_of_token: Tensor, real: Tensor) -> Tensor:
+        mask = honest(image_of_token, real)
+        return mask | ~mask.any((2, 3), keepdim=True)
 
     monkeypatch.setattr(mllama, "media_mask", seen)
     assert mllama_difference(ours, theirs) > 1e-4

@@ -16,7 +16,8 @@ from tests.interop.cases import CLIP, IMAGE, LLAMA
 from tests.interop.interleaved import INTERLEAVED, MLLAMA
 from tests.interop.test_parity import TOLERANCE, logits
 from vlmzoo.connector import NORMED, LayerContext
-from vlmzoo.connectors import gated_cross_attention, mllama
+from vlmzoo.connectors.gated_cross_attention import GatedCrossAttentionBlock
+from vlmzoo.connectors.mllama import MllamaBlock
 from vlmzoo.interop import from_hf, to_hf
 from vlmzoo.model import VisionLanguageModel
 
@@ -65,25 +66,20 @@ def test_tokens_before_the_first_image_of_mllama(samples: tuple[int, ...]) -> No
         assert torch.equal(answers[row], theirs.generate(**sample, **options)[0, -4:])
 
 
-def mask_with(change: Callable[[Tensor, LayerContext], Tensor], patch: pytest.MonkeyPatch) -> None:
-    """The mask of what tokens see, changed, for either kind of block."""
-    honest = gated_cross_attention.media_mask
-    for module in (gated_cross_attention, mllama):
-        patch.setattr(module, "media_mask", lambda context: change(honest(context), context))
+def shifted(change: Callable[[Tensor], Tensor], patch: pytest.MonkeyPatch) -> None:
+    """Tokens read another image, in either kind of block."""
+    for block in (GatedCrossAttentionBlock, MllamaBlock):
+        honest = block._run
+
+        def other(self: Any, hidden: Tensor, context: LayerContext, honest: Any = honest) -> Tensor:
+            image = change(context.image_of_token)
+            return honest(self, hidden, dataclasses.replace(context, image_of_token=image))
+
+        patch.setattr(block, "_run", other)
 
 
 def blind_tokens_see(ours: Any, patch: pytest.MonkeyPatch) -> None:
-    """Attention reads the same in Mllama then; but the feed-forward runs for all tokens."""
-    mask_with(lambda mask, context: mask | ~mask.any(-1, keepdim=True), patch)
-
-
-def shifted(change: Callable[[Tensor], Tensor], patch: pytest.MonkeyPatch) -> None:
-    honest = gated_cross_attention.media_mask
-
-    def other(mask: Tensor, context: LayerContext) -> Tensor:
-        return honest(LayerContext(context.memory, context.memory_mask, change(context.image_of_token)))
-
-    mask_with(other, patch)
+    shifted(lambda image: image.clamp(min=0), patch)
 
 
 def image_before(ours: Any, patch: pytest.MonkeyPatch) -> None:

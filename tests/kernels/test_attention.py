@@ -1,4 +1,4 @@
-"""`latent_attention` against the float64 oracle: outputs, gradients, odd sizes, and planted faults."""
+"""`latent_attention` and `media_attention` against the float64 oracle: outputs, gradients, planted faults."""
 
 from __future__ import annotations
 
@@ -6,56 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from vlmzoo.kernels import attention, reference
-from vlmzoo.kernels.attention import explain_backend, latent_attention
+from tests.kernels import oracle
+from tests.kernels.cases import BATCH, DIM, HEADS, TOLERANCE, check, error, packed, tensors, text_and_images
+from vlmzoo.kernels import attention, chunked
+from vlmzoo.kernels.attention import explain_backend, latent_attention, media_attention
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-BACKENDS = ("eager", "sdpa")
-BATCH, HEADS, DIM = 3, 2, 16
-
-
-def tensors(
-    num_queries: int, num_keys: int, num_latents: int = 0, dtype: torch.dtype = torch.float64, **more: Any
-) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(num_queries * 1009 + num_keys)
-    sizes = {"q": num_queries, "k": num_keys, "v": num_keys}
-    if num_latents:
-        sizes |= {"k2": num_latents, "v2": num_latents}
-    draw = {
-        name: torch.randn(BATCH, n, HEADS, DIM, generator=generator, dtype=torch.float64) for name, n in sizes.items()
-    }
-    return {name: value.to(dtype).requires_grad_() for name, value in draw.items()} | more
-
-
-def packed(lengths: list[int], num_queries: int = 5, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
-    inputs = tensors(num_queries, sum(lengths), 4, dtype)
-    for name in ("k", "v"):
-        inputs[name] = inputs[name][0].detach().requires_grad_()
-    inputs["cu_seqlens_k"] = F.pad(torch.tensor(lengths).cumsum(0), (1, 0))
-    return inputs
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm().clamp(min=1e-30))
-
-
-def check(inputs: dict[str, Any], backend: str, dtype: torch.dtype = torch.float64) -> None:
-    """Output and gradients are the oracle's, to the tolerance of the type."""
-    parts = {name: value for name, value in inputs.items() if torch.is_tensor(value) and value.is_floating_point()}
-    exact = {name: value.detach().double().requires_grad_() for name, value in parts.items()}
-    want, _ = reference.attention(**{**inputs, **exact})
-    got = latent_attention(**inputs, backend=backend)
-    assert got.dtype == dtype
-    assert error(got.detach(), want.detach()) <= TOLERANCE[dtype]
-    slope = torch.randn(want.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    wanted = torch.autograd.grad(want, list(exact.values()), slope)
-    for name, gradient, exactly in zip(
-        parts, torch.autograd.grad(got, list(parts.values()), slope.to(dtype)), wanted, strict=True
-    ):
-        assert error(gradient, exactly) <= 2 * TOLERANCE[dtype], name
+BACKENDS = ("eager", "chunked", "sdpa", "sdpa-math")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -122,27 +80,47 @@ def test_strides_do_not_matter(backend: str) -> None:
 def test_log_sum_exp_and_scale() -> None:
     inputs = tensors(5, 9, 2, kv_lens=torch.tensor([9, 4, 1]), scale=0.7)
     out, lse = latent_attention(**inputs, return_lse=True)
-    want, want_lse = reference.attention(**inputs)
+    want, want_lse = oracle.attention(**inputs)
     torch.testing.assert_close(out, want, rtol=0, atol=1e-12)
     torch.testing.assert_close(lse, want_lse, rtol=0, atol=1e-12)
     none = tensors(5, 9, kv_lens=torch.tensor([9, 0, 1]))
     assert torch.equal(latent_attention(**none, return_lse=True)[1][1], torch.full((HEADS, 5), -torch.inf).double())
 
 
-def test_auto_takes_sdpa_unless_it_cannot() -> None:
-    q = torch.zeros(1, 1, 1, 8)
-    assert explain_backend(q).startswith("sdpa: ")
-    assert explain_backend(q, return_lse=True).startswith("eager: the log-sum-exp")
-    assert explain_backend(q, backend="eager") == "eager: asked for by name"
-    for ask in (explain_backend(q, backend="eager"), explain_backend(q)):
-        assert ask.split(":")[0] in attention.BACKENDS
+def test_auto_goes_through_long_keys_in_pieces() -> None:
+    def chosen(num_keys: int, num_latents: int = 0, **more: Any) -> str:
+        return explain_backend(**tensors(5, num_keys, num_latents, torch.float32, **more))
+
+    assert chosen(64).startswith("sdpa: nothing to leave out")
+    assert chosen(64, 4).startswith("sdpa: ")
+    assert chosen(4096).startswith("sdpa: ")
+    assert chosen(4096, 4).startswith("chunked: at least 256 keys with a second segment")
+    assert chosen(4096, kv_lens=torch.tensor([1, 2, 3])).startswith("chunked: at least 256 keys with lengths")
+    assert chosen(64, return_lse=True).startswith("chunked: the log-sum-exp is asked for")
+    assert chosen(64, backend="eager").startswith("eager: asked for by name\n")
+    assert explain_backend(**text_and_images(9, 3, 300)).startswith("chunked: at least 256 keys with several images")
+    lines = chosen(64).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["sdpa", *(name for name in attention.BACKENDS if name != "sdpa")]
+    assert any(line.startswith("triton: triton needs a CUDA device, not cpu") for line in lines)
+
+
+@pytest.mark.parametrize("num_keys", [255, 256, 700])
+def test_auto_is_right_on_both_sides_of_its_rule(num_keys: int) -> None:
+    check(tensors(9, num_keys, 5, kv_lens=torch.tensor([num_keys, 0, 64])), "auto")
+    check(text_and_images(20, 3, num_keys), "auto")
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"backend": "flash"}, "unknown attention backend 'flash'; valid: auto, eager, sdpa"),
-        ({"backend": "sdpa", "return_lse": True}, "'sdpa' does not return the log-sum-exp"),
+        ({"backend": "flash"}, "unknown attention backend 'flash'; valid: auto, eager, chunked, sdpa, sdpa-flash"),
+        ({"backend": "sdpa", "return_lse": True}, "'sdpa' cannot do this: it does not return the log-sum-exp"),
+        ({"backend": "triton"}, "'triton' cannot do this: triton needs a CUDA device, not cpu"),
+        ({"backend": "sdpa-cudnn"}, "'sdpa-cudnn' cannot do this: it needs a CUDA device, not cpu"),
+        ({"k2": torch.zeros(3, 1, 2, 16, device="meta"), "v2": torch.zeros(3, 1, 2, 16)}, "k2 must be on cpu .* meta"),
+        ({"kv_lens": torch.tensor([1, 6, 2])}, "kv_lens must be from 0 to 5, got 6"),
+        ({"kv_lens": torch.tensor([1, -1, 2])}, "kv_lens must be from 0 to 5, got -1"),
+        ({"kv_lens": torch.tensor([1.0, 1, 2])}, "kv_lens must be integers, got torch.float32"),
         ({"q": torch.zeros(3, 2, 5)}, r"q must be \(batch, queries, heads, dim\), got \(3, 2, 5\)"),
         ({"k": torch.zeros(3, 5, 4, 16)}, r"k must be \(3, keys, 2, 16\), got \(3, 5, 4, 16\)"),
         ({"v": torch.zeros(3, 6, 2, 16)}, r"v must be \(3, 5, 2, dim\), got \(3, 6, 2, 16\)"),
@@ -165,33 +143,176 @@ def test_refuses_in_one_line(change: dict[str, Any], says: str) -> None:
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("cu_seqlens", "more", "says"),
+    [
+        ([0, 5, 3, 9], {}, "lengths between cu_seqlens_k must be from 0 to 9, got -2"),
+        ([0, 5, 7, 10], {}, "cu_seqlens_k must be from 0 to 9, got 10"),
+        ([0, 5, 7, 9], {"max_seqlen_k": 4}, "lengths between cu_seqlens_k must be from 0 to 4, got 5"),
+        ([0, 5, 7, 9], {"kv_lens": torch.tensor([1, 2, 3])}, "takes neither kv_lens nor a mask"),
+    ],
+)
+def test_refuses_wrong_segments(cu_seqlens: list[int], more: dict[str, Any], says: str) -> None:
+    inputs = packed([3, 3, 3]) | {"cu_seqlens_k": torch.tensor(cu_seqlens)}
+    with pytest.raises(ValueError, match=says):
+        latent_attention(**inputs, **more)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_comparison_sees_planted_faults(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = f"_{backend}"
-    honest = getattr(attention, name)
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_text_reads_its_image(backend: str, dtype: torch.dtype) -> None:
+    check(text_and_images(23, 4, 7, dtype), backend, dtype)
+    check(text_and_images(5, 1, 33, dtype, masked=False), backend, dtype)
 
-    def without_mask(q, k, v, k2, v2, mask, scale):
-        return honest(q, k, v, k2, v2, None, scale)
 
-    def other_scale(q, k, v, k2, v2, mask, scale):
-        return honest(q, k, v, k2, v2, mask, scale * 1.001)
+def test_gate_and_residual_go_around_the_projection() -> None:
+    inputs = text_and_images(9, 2, 5)
+    project, gate = torch.randn(24, HEADS * DIM).double(), torch.tensor([0.3]).double()
+    residual = torch.randn(BATCH, 9, 24).double()
+    plain = media_attention(**inputs)
+    want = residual + torch.tanh(gate) * (plain.flatten(2) @ project.T)
+    torch.testing.assert_close(media_attention(**inputs, project=project, gate=gate, residual=residual), want)
+    torch.testing.assert_close(media_attention(**inputs, project=project), plain.flatten(2) @ project.T)
+    blind = inputs | {"image_of_token": torch.full((BATCH, 9), -1)}
+    assert torch.equal(media_attention(**blind, project=project, gate=gate, residual=residual), residual)
 
-    def without_latents(q, k, v, k2, v2, mask, scale):
-        return honest(q, k, v, None, None, mask[..., : k.shape[2]], scale)
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"k": torch.zeros(3, 2, 5, 1, 16)}, r"k must be \(3, images, keys, 2, 16\), got \(3, 2, 5, 1, 16\)"),
+        ({"image_of_token": torch.zeros(3, 8, dtype=torch.long)}, r"image_of_token must be \(3, 9\), got \(3, 8\)"),
+        ({"image_of_token": torch.full((3, 9), 2)}, "image_of_token must be from -1 to 1, got 2"),
+        ({"mask": torch.ones(3, 2, 4, dtype=torch.bool)}, r"mask must be \(3, 2, 5\), got \(3, 2, 4\)"),
+        ({"mask": torch.ones(3, 2, 5)}, "mask must be bool, got torch.float32"),
+        ({"gate": torch.zeros(1)}, "gate and residual go together"),
+        ({"project": torch.zeros(4, 31)}, r"project must be \(width, 32\), got \(4, 31\)"),
+        ({"gate": torch.zeros(1), "residual": torch.zeros(3, 9, 2, 15)}, r"residual must be \(3, 9, 2, 16\)"),
+    ],
+)
+def test_media_attention_refuses_in_one_line(change: dict[str, Any], says: str) -> None:
+    inputs = text_and_images(9, 2, 5, torch.float32)
+    with pytest.raises(ValueError, match=says) as refusal:
+        media_attention(**{**inputs, **change})
+    assert "\n" not in str(refusal.value)
+
+
+def test_flex_forward_equals_the_oracle_and_says_that_it_has_no_backward_here() -> None:
+    inputs = tensors(9, 33, 5, torch.float32, kv_lens=torch.tensor([33, 0, 7]))
+    with pytest.raises(ValueError, match="'flex' cannot do this: it has no backward on cpu"):
+        latent_attention(**inputs, backend="flex")
+    for case in (inputs, tensors(9, 33, dtype=torch.float32), text_and_images(9, 3, 5, torch.float32)):
+        check({name: value.detach() for name, value in case.items()}, "flex", torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["eager", "chunked"])
+def test_log_sum_exp_has_a_gradient(backend: str) -> None:
+    inputs = tensors(5, 9, 2, kv_lens=torch.tensor([9, 4, 0]))
+    tensors_ = [value for value in inputs.values() if value.is_floating_point()]
+    slope = torch.randn(BATCH, HEADS, 5, dtype=torch.float64)
+    gradients = []
+    for out, lse in (oracle.attention(**inputs), latent_attention(**inputs, return_lse=True, backend=backend)):
+        gradients.append(torch.autograd.grad(out.square().sum() + (lse * slope).sum(), tensors_))
+    for want, got in zip(*gradients, strict=True):
+        assert error(got, want) <= 1e-12
+
+
+def test_autocast_casts_as_for_pytorchs_own() -> None:
+    inputs = tensors(5, 300, 2, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {latent_attention(**inputs, backend=name).dtype for name in BACKENDS} == {torch.bfloat16}
+        assert media_attention(**text_and_images(9, 3, 300, torch.float32)).dtype == torch.bfloat16
+
+
+def test_what_is_counted_is_what_is_multiplied() -> None:
+    inputs = tensors(5, 300, 4, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        latent_attention(**inputs, backend="chunked").sum().backward()
+    products = 2 * BATCH * HEADS * 5 * 304 * DIM
+    assert counter.get_total_flops() == (2 + 5) * products
+    with FlopCounterMode(display=False) as counter:
+        media_attention(**text_and_images(9, 3, 300, torch.float32), backend="chunked").sum().backward()
+    assert counter.get_total_flops() == (2 + 5) * 2 * BATCH * HEADS * 9 * 300 * DIM
+
+
+def test_nothing_of_queries_times_keys_is_kept_or_copied() -> None:
+    """Of long keys, two segments and lengths: beside the gradients, nothing as large as the keys is allocated."""
+    inputs = tensors(64, 4096, 8, torch.float32, kv_lens=torch.tensor([4096, 4000, 0]))
+    size = inputs["k"].nbytes
+    with torch.profiler.profile(profile_memory=True) as profile, torch.no_grad():
+        latent_attention(**inputs)
+    largest = max(event.self_cpu_memory_usage for event in profile.events() or [])
+    assert largest < size / 8, f"{largest} of keys of {size} bytes; scores would be {BATCH * HEADS * 64 * 4096 * 4}"
+
+
+FAULTS = {
+    "without the mask": lambda honest: lambda q, k, v, mask, scale: honest(q, k, v, None, scale),
+    "another scale": lambda honest: lambda q, k, v, mask, scale: honest(q, k, v, mask, scale * 1.001),
+    "without the latents": lambda honest: (
+        lambda q, k, v, mask, scale: honest(q, k[:, :-2], v[:, :-2], None if mask is None else mask[..., :-2], scale)
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_comparison_sees_planted_faults(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = tensors(5, 9, 2, kv_lens=torch.tensor([9, 4, 1]))
-    check(inputs, backend)
-    for fault in (without_mask, other_scale, without_latents):
-        monkeypatch.setattr(attention, name, fault)
-        with pytest.raises(AssertionError):
-            check(inputs, backend)
+    check(inputs, "eager")
+    monkeypatch.setattr(attention.reference, "attention", FAULTS[fault](attention.reference.attention))
+    with pytest.raises(AssertionError):
+        check(inputs, "eager")
+
+
+@pytest.mark.parametrize("fault", ["last key", "merge", "mask"])
+def test_the_comparison_sees_faults_of_chunks(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = torch.rand(BATCH, 1, 1, 11, generator=torch.Generator().manual_seed(0)) < 0.6
+    inputs = tensors(5, 9, 2, kv_lens=torch.tensor([9, 4, 1]), mask=mask)
+    check(inputs, "chunked")
+    honest = chunked._blocks
+
+    def blocks(*arguments: Any) -> Any:
+        for index, pieces in honest(*arguments):
+            if fault == "last key":
+                yield index, [(n, (rows, slice(0, 3)), None) for n, (rows, _), _ in pieces]
+            elif fault == "merge":
+                yield index, pieces[:1]
+            else:
+                yield index, [(n, where, None) for n, where, _ in pieces]
+
+    monkeypatch.setattr(chunked, "_blocks", blocks)
+    with pytest.raises(AssertionError):
+        check(inputs, "chunked")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiles_whole_and_runs_on_meta(backend: str) -> None:
+def test_compiles_whole(backend: str) -> None:
     inputs = tensors(5, 9, 2, torch.float32, kv_lens=torch.tensor([9, 4, 0]))
     compiled = torch.compile(latent_attention, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**inputs, backend=backend), latent_attention(**inputs, backend=backend))
+    inputs = text_and_images(9, 3, 5, torch.float32)
+    compiled = torch.compile(media_attention, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**inputs, backend=backend), media_attention(**inputs, backend=backend))
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager", "sdpa"])
+def test_runs_on_meta(backend: str) -> None:
+    inputs = tensors(5, 9, 2, torch.float32, kv_lens=torch.tensor([9, 4, 0]))
     meta = {name: value.to("meta") for name, value in inputs.items()}
-    out = latent_attention(**meta, backend=backend)
-    assert out.shape == inputs["q"].shape
+    assert latent_attention(**meta, backend=backend).shape == inputs["q"].shape
+
+
+def test_the_operator_passes_pytorchs_checks() -> None:
+    mask = torch.rand(BATCH, 1, 1, 11) < 0.6
+    for inputs, images in (
+        (tensors(5, 9, 2, mask=mask), (None, 0)),
+        (tensors(5, 9, kv_lens=torch.tensor([9, 0, 4])), (None, 0)),
+        (packed([3, 0, 4]), (None, 0)),
+        (tensors(5, 9), (torch.zeros(BATCH, 5, dtype=torch.long), 1)),
+    ):
+        names = ("q", "k", "v", "k2", "v2", "kv_lens", "cu_seqlens_k", "mask")
+        arguments = (*(inputs.get(name) for name in names), *images, 0.3, True)
+        torch.library.opcheck(chunked.chunked_attention, arguments)
+        out, lse = (tensor.detach() for tensor in chunked.chunked_attention(*arguments))
+        slopes = torch.randn_like(out), torch.randn_like(lse)
+        rest = (value.detach() if torch.is_tensor(value) else value for value in arguments)
+        torch.library.opcheck(chunked.chunked_attention_backward, (*slopes, out, lse, *rest))
