@@ -48,3 +48,12 @@ def attention(
         outputs.append(torch.einsum("hqk,khd->qhd", weights, values[columns]))
         lses.append(total[..., 0].log())
     return torch.stack(outputs), torch.stack(lses)
+
+
+def splice_rows(embeds: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    """(batch, length, dim), as `kernels.splice.splice_rows`: one token at a time."""
+    samples = [
+        torch.stack([rows[b, int(slot)].to(embeds.dtype) if slot >= 0 else embeds[b, t] for t, slot in enumerate(line)])
+        for b, line in enumerate(index)
+    ]
+    return torch.stack(samples)
