@@ -130,9 +130,8 @@ def gather_slots(values: Tensor, slot: Tensor) -> Tensor:
 
 
 def splice(embeds: Tensor, visual: VisualContext, is_image: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
-    slot = slot.clamp(min=0)
-    filled = visual.filled.gather(1, slot)
-    return splice_rows(embeds, visual.tokens, slot.masked_fill(~is_image, -1)), is_image & ~filled
+    filled = visual.filled.gather(1, slot.clamp(min=0))
+    return splice_rows(embeds, visual.tokens, torch.where(is_image, slot, -1)), is_image & ~filled
 
 
 def hide_unfilled(
