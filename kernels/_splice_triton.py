@@ -6,6 +6,8 @@ change from batch to batch are not specialized: each way in which 16 divides the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +22,14 @@ def cast(values, dtype: tl.constexpr):
     if values.dtype == dtype:
         return values
     return values.to(tl.float32).to(dtype)  # there is no direct way between the 16-bit types
+
+
+@triton.jit
+def exact(values):
+    """For sums."""
+    if values.dtype == tl.float64:
+        return values
+    return values.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["count", "length", "slots"])
@@ -61,7 +71,6 @@ def splice_backward(
     tile_rows: tl.constexpr, tile_cols: tl.constexpr,
 ):  # fmt: skip
     """The first `token_tiles` programs write the gradient of embeds, the others that of rows."""
-    exact: tl.constexpr = tl.float64 if gradient.dtype.element_ty == tl.float64 else tl.float32
     program = tl.program_id(0)
     col = tl.program_id(1) * tile_cols + tl.arange(0, tile_cols)[None, :]
     if program < token_tiles:
@@ -80,14 +89,15 @@ def splice_backward(
         last = tl.load(ends + slots_in_all + row, mask=real, other=-1)
         lines = gradient + (batch * gradient_batch)[:, None] + col
         line = (first.to(tl.int64) * gradient_row)[:, None]
-        total = tl.load(lines + line, mask=(last >= 0)[:, None] & (col < dim), other=0.0).to(exact)
+        total = exact(tl.load(lines + line, mask=(last >= 0)[:, None] & (col < dim), other=0.0))
         longest = tl.max(tl.where(last >= 0, last - first, 0), 0)
-        for step in range(1, longest + 1):  # more tokens than one take a slot; in their order, so the bits repeat
+        # More tokens than one take a slot: in their order, so the bits repeat.
+        for step in range(1, longest + 1):  # pyright: ignore[reportOperatorIssue, reportArgumentType]
             other = first + step
             taken = tl.load(index + batch * length + other, mask=other <= last, other=-1)
             more = (other <= last) & (taken == row % slots)
             line = (other.to(tl.int64) * gradient_row)[:, None]
-            total += tl.load(lines + line, mask=more[:, None] & (col < dim), other=0.0).to(exact)
+            total += exact(tl.load(lines + line, mask=more[:, None] & (col < dim), other=0.0))
         target = of_rows + row.to(tl.int64)[:, None] * dim + col
         tl.store(target, cast(total, of_rows.dtype.element_ty), mask=real[:, None] & (col < dim))
 
@@ -123,7 +133,7 @@ def backward(gradient: Tensor, index: Tensor, of_embeds: Tensor, of_rows: Tensor
     ends = torch.full((2, batch, slots), -1, dtype=torch.int32, device=gradient.device)
     with torch.cuda.device_of(gradient):
         if slot_tiles:
-            block = 256
+            block: Any = 256
             splice_ends[(triton.cdiv(batch * length, block),)](
                 index, ends, batch * length, length, slots, batch * slots, block=block
             )
@@ -133,7 +143,7 @@ def backward(gradient: Tensor, index: Tensor, of_embeds: Tensor, of_rows: Tensor
         )  # fmt: skip
 
 
-def tile(dim: int) -> dict[str, int]:
+def tile(dim: int) -> dict[str, Any]:
     """Rows and columns of a tile for rows of `dim` elements: columns that divide it, where they are not too few."""
     cols = min(triton.next_power_of_2(dim), max(dim & -dim, 128), 1024)
     return {"tile_rows": TILE // cols, "tile_cols": cols}

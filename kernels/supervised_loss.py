@@ -57,7 +57,8 @@ def supervised_loss(
     hidden, supervised = hidden.flatten(0, -2).index_select(0, rows), labels != ignore_index
     if padded:
         hidden, labels = hidden.masked_fill(~supervised[:, None], 0), labels.masked_fill(~supervised, 0)
-    total = _sum(hidden, weight, bias, labels, supervised, max(1, chunk_bytes // (4 * max(1, len(weight)))))
+    chunk = max(1, chunk_bytes // (4 * max(1, len(weight))))
+    total = _sum(hidden, weight, bias, labels, supervised, chunk)  # pyright: ignore[reportCallIssue]
     return total if num_items is None else total / num_items
 
 
@@ -126,7 +127,7 @@ class _Sum(torch.autograd.Function):
                 if of_hidden is not None:
                     torch.mm(slope, matrix, out=of_hidden[part])
                 if of_weight is not None and dtype == exact:
-                    of_weight.addmm_(slope.T, rows)
+                    torch.addmm(of_weight, slope.T, rows, out=of_weight)
                 elif of_weight is not None:
                     of_weight += slope.T @ rows
                 if of_bias is not None:

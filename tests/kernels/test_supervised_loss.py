@@ -20,7 +20,7 @@ BATCH, LENGTH, DIM, VOCAB = 3, 9, 8, 21
 ROW = 4 * VOCAB  # bytes of one row's logits
 
 
-def inputs(dtype: torch.dtype = torch.float64, share: float = 0.5) -> dict[str, Tensor]:
+def inputs(dtype: torch.dtype = torch.float64, share: float = 0.5) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(5)
     sizes = {"hidden": (BATCH, LENGTH, DIM), "weight": (VOCAB, DIM), "bias": (VOCAB,)}
     found = {name: torch.randn(size, generator=generator).to(dtype).requires_grad_() for name, size in sizes.items()}
@@ -29,7 +29,7 @@ def inputs(dtype: torch.dtype = torch.float64, share: float = 0.5) -> dict[str, 
     return found | {"labels": labels}
 
 
-def leaves(tensors: dict[str, Tensor]) -> list[Tensor]:
+def leaves(tensors: dict[str, Any]) -> list[Tensor]:
     return [tensor for tensor in tensors.values() if tensor.requires_grad]
 
 
@@ -47,7 +47,7 @@ def error(got: Tensor, want: Tensor) -> float:
     return float((got.detach().double() - want.detach()).norm() / want.detach().norm().clamp(min=1e-30))
 
 
-def check(tensors: dict[str, Tensor], tolerance: float = 1e-12, **options: Any) -> None:
+def check(tensors: dict[str, Any], tolerance: float = 1e-12, **options: Any) -> None:
     """Sum and gradients are those of all logits in float64."""
     exact = {
         name: tensor.detach().double().requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else tensor

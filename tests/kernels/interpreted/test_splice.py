@@ -15,6 +15,7 @@ from vlmzoo.kernels import _splice_triton
 from vlmzoo.kernels.splice import splice_rows
 
 OPS = torch.ops.vlmzoo
+TILE_OF_DIM = _splice_triton.tile
 
 
 @pytest.fixture(autouse=True)
@@ -25,23 +26,31 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(autouse=True, params=[8, _splice_triton.TILE], ids=["many-tiles", "one-tile"])
-def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small tile has the edges of large inputs."""
-
-    def tile(dim: int) -> dict[str, int]:
-        return {"tile_rows": 2, "tile_cols": 4}
-
-    if request.param == 8:
-        monkeypatch.setattr(_splice_triton, "tile", tile)
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have the edges that large inputs have."""
+    monkeypatch.setattr(_splice_triton, "tile", lambda dim: {"tile_rows": 4, "tile_cols": 4})
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", INDEXES)
 def test_equals_the_oracle(name: str, dtype: torch.dtype) -> None:
     check("triton", *inputs(INDEXES[name], dtype))
-    embeds, rows, index = inputs(INDEXES[name], dtype)
+
+
+@pytest.mark.parametrize("dim", [1, 3, 64, 136])
+def test_tiles_fit_any_dim(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_splice_triton, "tile", TILE_OF_DIM)
+    embeds, rows, index = inputs(INDEXES["one row several times"], torch.float32, dim=dim)
+    check("triton", embeds, rows, index)
     check("triton", embeds, rows, index.int())
+
+
+def test_a_tile_is_whole_and_wastes_little() -> None:
+    for dim in (1, 64, 127, 896, 1536, 3584, 4096, 5120):
+        tile = TILE_OF_DIM(dim)
+        assert tile["tile_rows"] * tile["tile_cols"] == _splice_triton.TILE
+        assert dim < 128 or dim % tile["tile_cols"] == 0
 
 
 @pytest.mark.parametrize("rows_dtype", [torch.float64, torch.float32, torch.float16], ids=str)
