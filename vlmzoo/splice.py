@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmzoo.connector import VisualTokens
+from vlmzoo.kernels.splice import splice_rows
 
 
 @dataclass
@@ -129,9 +130,8 @@ def gather_slots(values: Tensor, slot: Tensor) -> Tensor:
 
 
 def splice(embeds: Tensor, visual: VisualContext, is_image: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
-    tokens = gather_slots(visual.tokens, slot).to(embeds.dtype)
     filled = visual.filled.gather(1, slot.clamp(min=0))
-    return torch.where(is_image[..., None], tokens, embeds), is_image & ~filled
+    return splice_rows(embeds, visual.tokens, torch.where(is_image, slot, -1)), is_image & ~filled
 
 
 def hide_unfilled(

@@ -66,3 +66,12 @@ def media_attention(
             read.append(torch.einsum("hk,khd->hd", powers / total.masked_fill(total == 0, 1), values))
         rows.append(torch.stack(read))
     return torch.stack(rows)
+
+
+def splice_rows(embeds: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    """(batch, length, dim), as `kernels.splice.splice_rows`: one token at a time."""
+    samples = [
+        torch.stack([rows[b, int(slot)].to(embeds.dtype) if slot >= 0 else embeds[b, t] for t, slot in enumerate(line)])
+        for b, line in enumerate(index)
+    ]
+    return torch.stack(samples)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
 
-if sys.platform != "linux":
-    pytest.skip("triton is for Linux", allow_module_level=True)
+triton = pytest.importorskip("triton", reason="needs triton")
 
-import triton
-
-from tests.kernels.compiled import SHARED, Compiled, compiled
-from vlmzoo.kernels import latent, media
-from vlmzoo.kernels.latent import Blocks
+from tests.kernels.compiled import SHARED, Compiled, compiled  # noqa: E402
+from vlmzoo.kernels import latent, media  # noqa: E402
+from vlmzoo.kernels.latent import Blocks  # noqa: E402
 
 WHOLE = pytest.mark.kernels
 CAPABILITIES = [90, 80]
