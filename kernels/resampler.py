@@ -8,7 +8,7 @@ scores = (q Wk) mediaᵀ and out = (weights media) Wvᵀ are fewer operations th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,9 +45,9 @@ def media_attention(
     key: Affine,
     value: Affine,
     *,
+    k2: Tensor,
+    v2: Tensor,
     key_norm: Affine | None = None,
-    k2: Tensor | None = None,
-    v2: Tensor | None = None,
     mask: Tensor | None = None,
     recompute: bool = False,
     method: str = "auto",
@@ -60,8 +60,8 @@ def media_attention(
         q: (images, queries, heads, dim)
         media: (images, tokens, media_dim), of q's type
         key, value: weight (heads * dim, media_dim) and bias (heads * dim,)
+        k2, v2: (images, keys2, heads, dim), the latents' own keys and values, behind those of the media
         key_norm: weight and bias (dim,) of a layer norm of every head's keys
-        k2, v2: (images, keys2, heads, dim), keys and values that stand behind those of the media
         mask: bool, (images, tokens), True = a real one; keys2 all are
         recompute: keep nothing as long as the media for the backward pass, but the media: there keys and values, or the
             weights of attention, are made once more
@@ -77,23 +77,24 @@ def media_attention(
     if name == "projected" and not recompute:
         k, v = _project(media, dim, *parameters)
         if mask is not None:
-            mask = F.pad(mask, (0, 0 if k2 is None else k2.shape[1]), value=True)[:, None, None]
+            mask = F.pad(mask, (0, k2.shape[1]), value=True)[:, None, None]
         return latent_attention(q, k, v, k2=k2, v2=v2, mask=mask)
-    with torch.autocast(q.device.type, enabled=False):  # scores stay in float32
-        scaled = q.transpose(1, 2) / math.sqrt(dim)
+    with torch.autocast(q.device.type, enabled=False):  # scores are float32 at least
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scaled = q.transpose(1, 2).to(wide) / math.sqrt(dim)
         if name == "projected":
-            out, lse = _InChunks.apply(scaled, media, mask, _project_heads_first, False, *parameters)
+            out, lse = _InChunks.apply(scaled, media, mask, False, *parameters)
         else:
+            key, value = ((weight.to(wide), bias.to(wide)) for weight, bias in (key, value))
             rows = scaled @ key[0].unflatten(0, (heads, dim))
             keep = not recompute and torch.is_grad_enabled()
-            out, lse = _InChunks.apply(rows.flatten(1, 2)[:, None], media, mask, _as_both, keep)
+            out, lse = _InChunks.apply(rows.flatten(1, 2)[:, None], media, mask, keep)
             out, lse = (part.reshape(images, heads, queries, -1) for part in (out, lse))
             out = out @ value[0].unflatten(0, (heads, dim)).mT + value[1].unflatten(0, (heads, 1, dim))
             lse = lse + scaled @ key[1].unflatten(0, (heads, dim, 1))
-        if k2 is not None and v2 is not None:
-            out2, lse2 = latent_attention(q, k2, v2, return_lse=True)
-            total = torch.logaddexp(lse, lse2[..., None])
-            out = out * (lse - total).exp() + out2.transpose(1, 2) * (lse2[..., None] - total).exp()
+        out2, lse2 = latent_attention(q, k2, v2, return_lse=True)
+        total = torch.logaddexp(lse, lse2[..., None])
+        out = out * (lse - total).exp() + out2.transpose(1, 2) * (lse2[..., None] - total).exp()
         return out.transpose(1, 2).to(q.dtype)
 
 
@@ -151,18 +152,16 @@ def _project(media: Tensor, dim: int, *parameters: Tensor) -> tuple[Tensor, Tens
     return k, v
 
 
-def _project_heads_first(media: Tensor, dim: int, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+def _keys_values(media: Tensor, dim: int, dtype: torch.dtype, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Keys and values (images, heads, tokens, dim); without parameters the media, as those of a single head."""
+    if not parameters:
+        return media[:, None].to(dtype), media[:, None].to(dtype)
     k, v = _project(media, dim, *parameters)
-    return k.transpose(1, 2), v.transpose(1, 2)
-
-
-def _as_both(media: Tensor, _: int) -> tuple[Tensor, Tensor]:
-    """The media themselves are the keys and the values of a single head."""
-    return media[:, None], media[:, None]
+    return k.transpose(1, 2).to(dtype), v.transpose(1, 2).to(dtype)
 
 
 class _InChunks(torch.autograd.Function):
-    """Attention over what `make` makes of the media, a chunk at a time: output, and log-sum-exp (…, queries, 1).
+    """Attention over `_keys_values` of the media, a chunk at a time: output, and log-sum-exp (…, queries, 1).
 
     The backward pass makes keys and values again, and the weights of attention too where they were not to be kept.
     """
@@ -173,27 +172,25 @@ class _InChunks(torch.autograd.Function):
         q: Tensor,
         media: Tensor,
         mask: Tensor | None,
-        make: Callable[..., tuple[Tensor, Tensor]],
         keep: bool,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        wide = q.to(torch.promote_types(q.dtype, torch.float32))
-        limits = torch.finfo(wide.dtype)
-        highest = wide.new_full((*q.shape[:-1], 1), limits.min)  # not -inf: -inf - -inf would be NaN
+        limits = torch.finfo(q.dtype)
+        highest = q.new_full((*q.shape[:-1], 1), limits.min)  # not -inf: -inf - -inf would be NaN
         total = out = torch.zeros_like(highest)
         kept = []
         for chunk in _chunks(media):
-            k, v = (made.to(wide.dtype) for made in make(media[:, chunk], q.shape[-1], *parameters))
-            scores = _scores(wide, k, mask, chunk)
+            k, v = _keys_values(media[:, chunk], q.shape[-1], q.dtype, parameters)
+            scores = _scores(q, k, mask, chunk)
             before, highest = highest, torch.maximum(highest, scores.amax(-1, keepdim=True))
             weights, shrink = scores.sub_(highest).exp_(), (before - highest).exp()
             total = total * shrink + weights.sum(-1, keepdim=True)
             out = out * shrink + weights @ v
             if keep:
                 kept.append((weights, highest))
-        total = total.clamp(min=limits.tiny)  # 0 where a query has no key
+        total = total.clamp(min=limits.tiny)  # 0 where no token is real
         out, lse = out / total, highest + total.log()
-        ctx.make, ctx.num_kept = make, len(kept)
+        ctx.num_kept = len(kept)
         kept = [weights.mul_((at_its_time - lse).exp()) for weights, at_its_time in kept]
         ctx.save_for_backward(q, media, mask, out, lse, *kept, *parameters)
         return out, lse
@@ -203,29 +200,28 @@ class _InChunks(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, media, mask, out, lse, *rest = ctx.saved_tensors
         kept, parameters = rest[: ctx.num_kept], rest[ctx.num_kept :]
-        wide = q.to(out.dtype)
         offset = d_lse - (d_out * out).sum(-1, keepdim=True)
-        d_q = torch.zeros_like(wide)
+        d_q = torch.zeros_like(q)
         d_media = torch.empty_like(media) if ctx.needs_input_grad[1] else None
         d_parameters = [torch.zeros_like(parameter) for parameter in parameters]
         for index, chunk in enumerate(_chunks(media)):
             tokens = media[:, chunk].detach().requires_grad_(d_media is not None)
             leaves = [parameter.detach().requires_grad_() for parameter in parameters]
-            with torch.enable_grad():
-                k, v = (made.to(wide.dtype) for made in ctx.make(tokens, q.shape[-1], *leaves))
-            weights = kept[index] if kept else _scores(wide, k.detach(), mask, chunk).sub_(lse).exp_()
+            with torch.set_grad_enabled(bool(parameters)):
+                k, v = _keys_values(tokens, q.shape[-1], q.dtype, leaves)
+            weights = kept[index] if kept else _scores(q, k.detach(), mask, chunk).sub_(lse).exp_()
             d_scores = (d_out @ v.detach().mT).add_(offset).mul_(weights)
             d_q += d_scores @ k.detach()
-            if d_media is not None:
-                leaves.append(tokens)
-            if not leaves:
-                continue
-            gradients = torch.autograd.grad((k, v), leaves, (d_scores.mT @ wide, weights.mT @ d_out))
-            for sum_, gradient in zip(d_parameters, gradients, strict=False):
-                sum_ += gradient
-            if d_media is not None:
-                d_media[:, chunk] = gradients[-1]
-        return d_q.to(q.dtype), d_media, None, None, None, *d_parameters
+            if parameters:
+                wanted = leaves if d_media is None else [*leaves, tokens]
+                gradients = torch.autograd.grad((k, v), wanted, (d_scores.mT @ q, weights.mT @ d_out))
+                for so_far, gradient in zip(d_parameters, gradients, strict=False):
+                    so_far += gradient
+                if d_media is not None:
+                    d_media[:, chunk] = gradients[-1]
+            elif d_media is not None:
+                d_media[:, chunk] = (d_scores.mT @ q + weights.mT @ d_out)[:, 0]
+        return d_q, d_media, None, None, *d_parameters
 
 
 def _chunks(media: Tensor) -> Iterator[slice]:
