@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(table(result))
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
