@@ -9,7 +9,7 @@ help:
 	@echo "make test        lint, types, tests, and the wheel in an empty environment"
 	@echo "make test-zoo    of these, connectors and imported models alone"
 	@echo "make test-timm   of these, those that need timm"
-	@echo "make bench       the kernels' time and memory against their peers, on this machine (half an hour on two cores)"
+	@echo "make bench       the kernels' time and memory against their peers, on this machine (a quarter of an hour on two cores)"
 	@echo "make docs        docs/connectors.md and docs/parity.md, from what the code does"
 
 .venv/installed: pyproject.toml constraints.txt

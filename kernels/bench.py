@@ -49,7 +49,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("dim", 1024, "width of media and latents"),
         ("layers", 6, "layers of the resampler"),
         ("latents", 64, "latents of the resampler, and queries of the attention rows"),
-        ("rounds", 7, "timed rounds; in each every case runs once"),
+        ("rounds", 5, "timed rounds; in each every case runs once"),
         ("threads", 0, "threads of PyTorch; 0: as many as it takes by itself"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{says} (default: {default})")
