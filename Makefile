@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help sweep sweep-full test test-zoo test-timm lint docs
+.PHONY: help sweep sweep-full test test-zoo test-timm lint docs bench bench-env
 help:
 	@echo "make sweep       compare five connectors on the embedded world (about 12 minutes on two cores)"
 	@echo "make sweep-full  the same with two encoders, two LLMs, five seeds and several times the steps (six hours)"
 	@echo "make test        lint, types, tests, and the wheel in an empty environment"
 	@echo "make test-zoo    of these, connectors and imported models alone"
 	@echo "make test-timm   of these, those that need timm"
+	@echo "make bench       the kernels' time and memory against their peers, on this machine (a quarter of an hour on two cores)"
 	@echo "make docs        docs/connectors.md and docs/parity.md, from what the code does"
 
 .venv/installed: pyproject.toml constraints.txt
@@ -37,6 +38,17 @@ lint: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ \
 		--constraint constraints.txt timm torchvision
 	@touch $@
+
+# Without what they depend on: they would bring other versions of what is there.
+.venv/bench: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt \
+		flamingo-pytorch perceiver-pytorch einops-exts
+	@touch $@
+
+bench-env: .venv/bench
+
+bench: bench-env
+	$(BIN)/python -m vlmzoo.kernels.bench --peers --json runs/bench.json
 
 docs: .venv/timm
 	$(BIN)/python -m vlmzoo.sweeps.cards docs

@@ -138,9 +138,15 @@ class MultiHeadAttention(nn.Module):
         if self.sharing > 1:
             k, v = self._shared(k), self._shared(v)
             k2, v2 = (None, None) if k2 is None or v2 is None else (self._shared(k2), self._shared(v2))
-        q = self.query_norm(self._heads(self.query(hidden))).type_as(v)
-        out = latent_attention(q, k, v, k2=k2, v2=v2, mask=mask)
-        return self.out(rearrange(out, "batch length heads dim -> batch length (heads dim)"))
+        return self.output(latent_attention(self.queries(hidden).type_as(v), k, v, k2=k2, v2=v2, mask=mask))
+
+    def queries(self, hidden: Tensor) -> Tensor:
+        """Queries (batch, length, heads, head_dim) of hidden states (batch, length, dim)."""
+        return self.query_norm(self._heads(self.query(hidden)))
+
+    def output(self, read: Tensor) -> Tensor:
+        """(batch, length, dim) of what each head read, (batch, length, heads, head_dim)."""
+        return self.out(rearrange(read, "batch length heads dim -> batch length (heads dim)"))
 
     def read_media(
         self,

@@ -8,6 +8,10 @@ from torch import Tensor, nn
 
 from vlmzoo.connector import Connector, ImageLayout, VisualInput, VisualTokens, register
 from vlmzoo.connectors._layers import BlockShape, FeedForward, MultiHeadAttention, at_least_one, image_memory
+from vlmzoo.kernels.resampler import fold, media_attention, normalize
+
+MANY = 256
+"""Media an image from which on they are normalised once for all layers."""
 
 
 class ResamplerLayer(nn.Module):
@@ -27,27 +31,60 @@ class ResamplerLayer(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(dim)
         self.feed_forward = FeedForward(dim, int(shape.ffn_multiplier * dim), shape.activation)
 
-    def forward(self, latents: Tensor, media: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        self, latents: Tensor, media: Tensor, mask: Tensor | None, *, normalized: bool, recompute: bool
+    ) -> Tensor:
         queries = self.latent_norm(latents)
-        keys_values = self.attention.keys_values
-        latents = latents + self.attention(queries, keys_values(self.media_norm(media)), keys_values(queries), mask)
+        if normalized:
+            read = self._read_normalized(queries, media, mask, recompute)
+        else:
+            keys_values = self.attention.keys_values
+            read = self.attention(queries, keys_values(self.media_norm(media)), keys_values(queries), mask)
+        latents = latents + read
         return latents + self.feed_forward(self.feed_forward_norm(latents))
+
+    def _read_normalized(self, queries: Tensor, media: Tensor, mask: Tensor | None, recompute: bool) -> Tensor:
+        attention, norm = self.attention, self.media_norm
+        k2, v2 = attention.keys_values(queries)
+        key, value = (fold(part.weight, (norm.weight, norm.bias)) for part in (attention.key, attention.value))
+        key_norm = attention.key_norm
+        read = media_attention(
+            attention.queries(queries).type_as(v2),
+            media,
+            key,
+            value,
+            key_norm=(key_norm.weight, key_norm.bias) if isinstance(key_norm, nn.LayerNorm) else None,
+            k2=k2,
+            v2=v2,
+            mask=mask,
+            recompute=recompute,
+        )
+        return attention.output(read)
 
 
 class PerceiverResampler(nn.Module):
-    """(images, num_latents, dim) from media (images, tokens, dim) with a mask (images, tokens) of the real ones."""
+    """(images, num_latents, dim) from media (images, tokens, dim); the mask (images, tokens) says which are real.
+
+    With `gradient_checkpointing` nothing as long as `MANY` media or more is kept for the backward pass, but the media.
+    """
 
     def __init__(self, dim: int, num_latents: int, num_layers: int, shape: BlockShape) -> None:
         super().__init__()
+        self.gradient_checkpointing = False
         self.latents = nn.Parameter(torch.randn(num_latents, dim))
         self.layers = nn.ModuleList(ResamplerLayer(dim, shape) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, media: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, media: Tensor, mask: Tensor | None = None) -> Tensor:
         latents = self.latents.expand(len(media), -1, -1)
-        mask = F.pad(mask, (0, len(self.latents)), value=True)[:, None, None]  # latents always see one another
+        normalized = media.shape[1] >= MANY
+        if normalized:
+            media = normalize(media)
+        elif mask is not None:
+            mask = F.pad(mask, (0, len(self.latents)), value=True)[:, None, None]  # latents always see one another
+        recompute = self.gradient_checkpointing and self.training
         for layer in self.layers:
-            latents = layer(latents, media, mask)
+            latents = layer(latents, media, mask, normalized=normalized, recompute=recompute)
         return self.norm(latents)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +17,10 @@ from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 
 from tests.connectors.parts import VISION, copy_weights, create, distance, random_input, rescale
 from vlmzoo.connector import VisualInput
+from vlmzoo.connectors import perceiver
 from vlmzoo.connectors._layers import squared_relu
+from vlmzoo.kernels import resampler
+from vlmzoo.kernels.attention import latent_attention
 
 OPTIONS: dict[str, Any] = {"num_latents": 5, "num_layers": 3, "num_heads": 2, "head_dim": 10}
 IDEFICS = OPTIONS | {"activation": "relu"}
@@ -45,16 +51,45 @@ def pair(qk_norm: bool) -> tuple[Any, nn.Module]:
 
 
 def difference(ours: Any, theirs: nn.Module) -> float:
-    """Ours on padded grids against theirs on each image without its padding."""
+    """Ours on padded grids against theirs on each image without its padding: output and gradients."""
     visual = random_input(GRIDS)
     (features,) = visual.maps
+    features.values.requires_grad_()
     want = torch.cat([theirs(row[None, : h * w]) for row, (h, w) in zip(features.values, GRIDS, strict=True)])
-    return distance(ours(visual).tokens, want)
+    got = ours(visual).tokens
+    slope = torch.randn(want.shape, generator=torch.Generator().manual_seed(2))
+    leaves = [{"features": features.values} | dict(part.named_parameters()) for part in (ours.resampler, theirs)]
+    gradients = [
+        dict(zip(given, torch.autograd.grad(out, list(given.values()), slope), strict=True))
+        for out, given in zip((got, want), leaves, strict=True)
+    ]
+    worst = distance(got, want)
+    for name, gradient in gradients[0].items():
+        renamed = name
+        for pattern, replacement in RENAMES:
+            renamed = re.sub(pattern, replacement, renamed)
+        exact = gradients[1][renamed]
+        worst = max(worst, float((gradient - exact).norm() / exact.norm().clamp(min=1)))  # of a key norm's bias it is 0
+    return worst
+
+
+@pytest.fixture(params=["few media", "many media", "many media, recomputed"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same media count as few or as many."""
+    monkeypatch.setattr(perceiver, "MANY", 10**6 if request.param == "few media" else 1)
+    monkeypatch.setattr(resampler, "CHUNK", 4)
+    return request.param
+
+
+def checkpointed(ours: Any, way: str) -> Any:
+    ours.resampler.gradient_checkpointing = way.endswith("recomputed")
+    return ours
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_equals_idefics(qk_norm: bool) -> None:
-    assert difference(*pair(qk_norm)) <= 1e-4
+def test_equals_idefics(qk_norm: bool, way: str) -> None:
+    ours, theirs = pair(qk_norm)
+    assert difference(checkpointed(ours, way), theirs) <= 1e-4
 
 
 def gelu(ours: Any) -> None:
@@ -88,13 +123,87 @@ def one_norm_for_both(ours: Any) -> None:
         layer.media_norm = layer.latent_norm
 
 
+def latents_without_values(ours: Any) -> None:
+    for layer in ours.resampler.layers:
+        honest = layer.attention.keys_values
+
+        def faulty(memory: Tensor, honest: Callable[[Tensor], Any] = honest) -> tuple[Tensor, Tensor]:
+            keys, values = honest(memory)
+            return keys, values * (memory.shape[1] != len(ours.resampler.latents))
+
+        layer.attention.keys_values = faulty
+
+
 @pytest.mark.parametrize(
-    "fault", [gelu, no_latents_among_keys, mask_ignored, one_layer_less, no_last_norm, one_norm_for_both]
+    "fault", [gelu, mask_ignored, one_layer_less, no_last_norm, one_norm_for_both, latents_without_values]
 )
-def test_the_comparison_sees(fault: Callable[[Any], None]) -> None:
+def test_the_comparison_sees(fault: Callable[[Any], None], way: str) -> None:
     ours, theirs = pair(False)
-    fault(ours)
+    fault(checkpointed(ours, way))
     assert difference(ours, theirs) > 1e-4
+
+
+def test_the_comparison_sees_that_latents_are_no_keys() -> None:
+    ours, theirs = pair(False)
+    no_latents_among_keys(ours)
+    assert difference(ours, theirs) > 1e-4
+
+
+def few_media(part: Any, media: Tensor, mask: Tensor) -> Tensor:
+    """The layers, plainly: what must not change by a bit for media as few as the embedded world's."""
+    latents = part.latents.expand(len(media), -1, -1)
+    visible = F.pad(mask, (0, len(part.latents)), value=True)[:, None, None]
+    for layer in part.layers:
+        attention, queries = layer.attention, layer.latent_norm(latents)
+        keys_values = []
+        for memory in (layer.media_norm(media), queries):
+            values = attention.value(memory).unflatten(-1, (-1, attention.head_dim))
+            keys = attention.key_norm(attention.key(memory).unflatten(-1, (-1, attention.head_dim)))
+            keys_values.append((keys.type_as(values), values))
+        (k, v), (k2, v2) = keys_values
+        q = attention.query_norm(attention.query(queries).unflatten(-1, (-1, attention.head_dim))).type_as(v)
+        latents = latents + attention.out(latent_attention(q, k, v, k2=k2, v2=v2, mask=visible).flatten(2))
+        latents = latents + layer.feed_forward(layer.feed_forward_norm(latents))
+    return part.norm(latents)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [36, 81])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_few_media_stay_the_same_to_the_bit(dtype: torch.dtype, tokens: int, trained: bool, qk_norm: bool) -> None:
+    options = {"num_latents": 16, "num_layers": 2, "num_heads": 4, "head_dim": 32, "qk_norm": qk_norm}
+    part = create("perceiver", options, vision=replace(VISION, hidden_size=64)).resampler
+    rescale(part)
+    part.gradient_checkpointing = True  # which is for many
+    media = torch.randn(4, tokens, 64, generator=torch.Generator().manual_seed(3)).requires_grad_(trained)
+    mask = torch.arange(tokens) < torch.tensor([tokens, 20, 1, tokens])[:, None]
+    found = []
+    for run in (part, partial(few_media, part)):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            out = run(media, mask)
+        leaves = [*part.parameters(), *([media] if trained else [])]
+        found.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [perceiver.MANY - 1, perceiver.MANY])
+def test_both_sides_of_the_rule_are_flamingos(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    honest = perceiver.media_attention
+    monkeypatch.setattr(
+        perceiver, "media_attention", lambda *inputs, **named: asked.append(1) or honest(*inputs, **named)
+    )
+    part = create("perceiver", OPTIONS).resampler
+    rescale(part)
+    part = part.double()
+    media = torch.randn(tokens, VISION.hidden_size, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    weights = dict(part.named_parameters())
+    got, want = part(media[None])[0], flamingo(weights, media, 2, 3)
+    assert len(asked) == (3 if tokens >= perceiver.MANY else 0)
+    assert distance(got, want) <= 1e-10
+    gradients = [torch.autograd.grad(out.sin().sum(), list(weights.values())) for out in (got, want)]
+    assert max(distance(a, b) for a, b in zip(*gradients, strict=True)) <= 1e-9
 
 
 def flamingo(weights: dict[str, Tensor], media: Tensor, heads: int, layers: int) -> Tensor:

@@ -1,0 +1,117 @@
+"""The benchmark at a small size: its rows, its ratios, and that it neither times nor hides what is wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vlmzoo.connectors import perceiver
+from vlmzoo.connectors._layers import BlockShape
+from vlmzoo.kernels import _bench_cpu, bench
+
+SMALL = ["--tokens", "300", "--dim", "32", "--layers", "2", "--latents", "4", "--rounds", "2", "--threads", "1"]
+OURS = ["vlmzoo", "vlmzoo, recompute", "vlmzoo, layer by layer"]
+
+
+class Peer(nn.Module):
+    """Stands in for a peer: linear layers one behind the other, over all media."""
+
+    def __init__(self, dim: int, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(dim, dim) for _ in range(layers))
+
+    def forward(self, media: Tensor) -> Tensor:
+        for layer in self.layers:
+            media = layer(media).relu()
+        return media[:, :4]
+
+
+@pytest.fixture
+def _two_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_bench_cpu, "_peers", lambda options, ours: {"small": Peer(32, 1), "large": Peer(32, 40)})
+
+
+def run(folder: Path, *arguments: str) -> dict[str, Any]:
+    path = folder / "of" / "bench.json"
+    assert bench.main([*SMALL, "--json", str(path), *arguments]) == 0
+    return json.loads(path.read_text())
+
+
+def test_without_peers_there_are_rows_and_no_ratio(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(tmp_path)
+    assert result["machine"] == bench.machine()
+    assert result["cpu_step_ratio"] is result["cpu_memory_ratio"] is None
+    steps = [row for row in result["rows"] if row["part"] == "resampler step"]
+    assert [(row["media"], row["case"]) for row in steps] == [(m, case) for m in ("frozen", "tuned") for case in OURS]
+    assert all(0 < row["spread_s"][0] <= row["median_s"] <= row["spread_s"][1] for row in result["rows"])
+    assert [row["keys"] for row in result["rows"] if row["part"] == "attention"] == [300] * 4
+    printed = capsys.readouterr().out
+    assert "resampler step\nmedia   case" in printed
+    assert len({line.index("vlmzoo") for line in printed.splitlines() if line.startswith(("frozen", "tuned"))}) == 1
+
+
+@pytest.mark.usefixtures("_two_peers")
+def test_ratios_are_to_the_best_peer(tmp_path: Path) -> None:
+    result = run(tmp_path, "--peers")
+    of = {(row["media"], row["case"]): row for row in result["rows"] if row["part"] == "resampler step"}
+    for media, prefix in (("frozen", "cpu"), ("tuned", "cpu_tuned")):
+        ours, peers = of[media, "vlmzoo"], [of[media, name] for name in ("small", "large")]
+        fastest = min(row["median_s"] for row in peers)
+        assert result[f"{prefix}_step_ratio"] == pytest.approx(fastest / ours["median_s"])
+        least = min(row["peak_MB"] for row in peers)
+        assert result[f"{prefix}_memory_ratio"] == pytest.approx(ours["peak_MB"] / least, rel=0.2)
+        low, high = result[f"{prefix}_step_ratio_spread"]
+        assert low <= high
+
+
+def test_peak_counts_what_lives_at_once() -> None:
+    class Forgetful(nn.Module):
+        def forward(self, media: Tensor) -> Tensor:
+            for _ in range(5):  # one at a time
+                torch.ones(250_000)
+            both = torch.ones(250_000), torch.ones(250_000)
+            return media.sum() + both[0][0] + both[1][0]
+
+    peak = _bench_cpu._peak(_bench_cpu.Case(Forgetful(), torch.ones(3, requires_grad=True)))
+    assert 2_000_000 <= peak <= 2_010_000
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = perceiver.fold
+    monkeypatch.setattr(perceiver, "fold", lambda weight, norm: honest(weight, (1.001 * norm[0], norm[1])))
+    with pytest.raises(ArithmeticError, match=r"vlmzoo: .* is off by"):
+        bench.main(SMALL)
+
+
+def test_a_wrong_copy_of_a_peer_is_seen() -> None:
+    torch.manual_seed(0)
+    ours = perceiver.PerceiverResampler(32, 4, 2, BlockShape(8, 64, 4, "gelu", qk_norm=False))
+    other = perceiver.PerceiverResampler(32, 4, 2, BlockShape(8, 64, 4, "relu", qk_norm=False))
+    other.load_state_dict(ours.state_dict())
+    media = torch.randn(1, 20, 32)
+    cases = {_bench_cpu.LAYER_BY_LAYER: _bench_cpu.Case(ours, media), _bench_cpu.FLAMINGO: _bench_cpu.Case(ours, media)}
+    _bench_cpu._check(cases)
+    with pytest.raises(ArithmeticError, match="flamingo-pytorch"):
+        _bench_cpu._check(cases | {_bench_cpu.FLAMINGO: _bench_cpu.Case(other, media)})
+
+
+def test_missing_peers_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "flamingo_pytorch", None)
+    assert bench.main([*SMALL, "--peers"]) == 2
+    assert capsys.readouterr().err == "bench: flamingo_pytorch is not installed; `make bench-env` installs the peers\n"
+
+
+def test_every_option_says_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        bench.main(["--help"])
+    said = capsys.readouterr().out
+    assert all(option in said for option in ("--peers", "--json", "--rounds", "example: "))
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["--rounds", "0"])
+    assert "--rounds must be at least 1, got 0" in capsys.readouterr().err
