@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help sweep sweep-full test test-zoo test-timm lint docs bench bench-env
+.PHONY: help sweep sweep-full test test-zoo test-timm test-interpreted test-kernels lint docs bench bench-env
 help:
 	@echo "make sweep       compare five connectors on the embedded world (about 12 minutes on two cores)"
 	@echo "make sweep-full  the same with two encoders, two LLMs, five seeds and several times the steps (six hours)"
 	@echo "make test        lint, types, tests, and the wheel in an empty environment"
 	@echo "make test-zoo    of these, connectors and imported models alone"
 	@echo "make test-timm   of these, those that need timm"
+	@echo "make test-kernels  the kernels at every size, under Triton's interpreter and compiled for two GPUs (four minutes)"
 	@echo "make bench       the kernels' time and memory against their peers, on this machine (a quarter of an hour on two cores)"
 	@echo "make docs        docs/connectors.md and docs/parity.md, from what the code does"
 
@@ -54,8 +55,19 @@ docs: .venv/timm
 	$(BIN)/python -m vlmzoo.sweeps.cards docs
 	PYTHONPATH=.venv/timm $(BIN)/python -m tests.interop.parity docs
 
-test: lint test-timm
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+test: lint test-timm test-interpreted
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not kernels"
+
+# Triton reads TRITON_INTERPRET when a kernel's file is imported: a process of its own.
+INTERPRETED := TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 \
+	tests/kernels/interpreted
+
+test-interpreted: .venv/installed
+	$(INTERPRETED) -m "not kernels"
+
+test-kernels: .venv/installed
+	$(INTERPRETED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 tests/kernels
 
 test-timm: .venv/timm
 	PYTHONPATH=.venv/timm OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/interop tests/vision -m timm

@@ -14,7 +14,11 @@ from torch import Tensor, nn
 
 from vlmzoo.connector import Grid, TokenConnector, VisualInput, side_by_side
 from vlmzoo.kernels.attention import latent_attention, media_attention
+from vlmzoo.kernels.resampler import fold, resampler_attention
 from vlmzoo.registry import unknown
+
+MANY = 256
+"""Media an image from which on it pays to normalise them once for all layers, on a CPU."""
 
 KeysValues = tuple[Tensor, Tensor]
 """Both (batch, length, heads, head_dim); of the images in a text (batch, images, length, heads, head_dim)."""
@@ -148,6 +152,40 @@ class MultiHeadAttention(nn.Module):
         """(batch, length, dim) of what each head read, (batch, length, heads, head_dim)."""
         return self.out(rearrange(read, "batch length heads dim -> batch length (heads dim)"))
 
+    def read_normalized(
+        self,
+        hidden: Tensor,
+        media: Tensor,
+        norm: nn.LayerNorm,
+        latents: KeysValues | None = None,
+        mask: Tensor | None = None,
+        *,
+        recompute: bool = False,
+    ) -> Tensor:
+        """(batch, length, dim), read in `norm` of media that `normalize` has normalised already; of as many heads.
+
+        Args:
+            mask: (batch, tokens) of the media alone, True = a real one
+            recompute: see `resampler_attention`
+        """
+        folded = []
+        for part in (self.key, self.value):
+            weight, bias = fold(part.weight, (norm.weight, norm.bias))
+            folded.append((weight, bias if part.bias is None else bias + part.bias))
+        k2, v2 = latents or (None, None)
+        key_norm = self.key_norm
+        read = resampler_attention(
+            self.queries(hidden).type_as(media),
+            media,
+            *folded,
+            key_norm=(key_norm.weight, key_norm.bias) if isinstance(key_norm, nn.LayerNorm) else None,
+            k2=k2,
+            v2=v2,
+            mask=mask,
+            recompute=recompute,
+        )
+        return self.output(read)
+
     def read_media(
         self,
         hidden: Tensor,
@@ -164,7 +202,7 @@ class MultiHeadAttention(nn.Module):
             mask: (batch, images, tokens), True = a real one
         """
         k, v = (self._shared(x) for x in media) if self.sharing > 1 else media
-        q = self.query_norm(self._heads(self.query(hidden))).type_as(v)
+        q = self.queries(hidden).type_as(v)
         return media_attention(
             q, k, v, image_of_token, mask=mask, project=self.out.weight, gate=gate, residual=residual
         )

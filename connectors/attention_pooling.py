@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from vlmzoo.connector import Grid, TokenConnector, register
-from vlmzoo.connectors._layers import MultiHeadAttention, at_least_one
+from vlmzoo.connectors._layers import MANY, MultiHeadAttention, at_least_one
+from vlmzoo.kernels.resampler import normalize
 
 
 @register("attention_pooling")
@@ -35,5 +36,7 @@ class AttentionPooling(TokenConnector):
         return len(self.queries)
 
     def forward(self, patches: Tensor, grid: Grid) -> Tensor:
-        queries = self.query_norm(self.queries).expand(len(patches), -1, -1)
-        return self.project(self.attention(queries, self.attention.keys_values(self.memory_norm(patches))))
+        attention, queries = self.attention, self.query_norm(self.queries).expand(len(patches), -1, -1)
+        if patches.shape[1] < MANY:
+            return self.project(attention(queries, attention.keys_values(self.memory_norm(patches))))
+        return self.project(attention.read_normalized(queries, normalize(patches), self.memory_norm))

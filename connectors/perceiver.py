@@ -7,11 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmzoo.connector import Connector, ImageLayout, VisualInput, VisualTokens, register
-from vlmzoo.connectors._layers import BlockShape, FeedForward, MultiHeadAttention, at_least_one, image_memory
-from vlmzoo.kernels.resampler import fold, media_attention, normalize
-
-MANY = 256
-"""Media an image from which on they are normalised once for all layers."""
+from vlmzoo.connectors._layers import MANY, BlockShape, FeedForward, MultiHeadAttention, at_least_one, image_memory
+from vlmzoo.kernels.resampler import normalize
 
 
 class ResamplerLayer(nn.Module):
@@ -35,31 +32,14 @@ class ResamplerLayer(nn.Module):
         self, latents: Tensor, media: Tensor, mask: Tensor | None, *, normalized: bool, recompute: bool
     ) -> Tensor:
         queries = self.latent_norm(latents)
+        keys_values = self.attention.keys_values
         if normalized:
-            read = self._read_normalized(queries, media, mask, recompute)
+            latent = keys_values(queries)
+            read = self.attention.read_normalized(queries, media, self.media_norm, latent, mask, recompute=recompute)
         else:
-            keys_values = self.attention.keys_values
             read = self.attention(queries, keys_values(self.media_norm(media)), keys_values(queries), mask)
         latents = latents + read
         return latents + self.feed_forward(self.feed_forward_norm(latents))
-
-    def _read_normalized(self, queries: Tensor, media: Tensor, mask: Tensor | None, recompute: bool) -> Tensor:
-        attention, norm = self.attention, self.media_norm
-        k2, v2 = attention.keys_values(queries)
-        key, value = (fold(part.weight, (norm.weight, norm.bias)) for part in (attention.key, attention.value))
-        key_norm = attention.key_norm
-        read = media_attention(
-            attention.queries(queries).type_as(v2),
-            media,
-            key,
-            value,
-            key_norm=(key_norm.weight, key_norm.bias) if isinstance(key_norm, nn.LayerNorm) else None,
-            k2=k2,
-            v2=v2,
-            mask=mask,
-            recompute=recompute,
-        )
-        return attention.output(read)
 
 
 class PerceiverResampler(nn.Module):

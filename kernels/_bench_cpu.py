@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from vlmzoo.connectors import perceiver
-from vlmzoo.connectors._layers import BlockShape
+from vlmzoo.connectors._layers import MANY, BlockShape
 from vlmzoo.kernels.attention import latent_attention
 
 HEADS, HEAD_DIM = 8, 64
@@ -60,7 +60,7 @@ class Case:
 
     module: nn.Module
     media: Tensor
-    many: int = perceiver.MANY
+    many: int = MANY
 
     def clear(self) -> None:
         self.module.zero_grad()

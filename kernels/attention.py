@@ -381,7 +381,9 @@ def _latent(
     if mask is not None:
         full = (batch, heads, num_queries, k.shape[1] + (0 if k2 is None else k2.shape[1]))
         mask = _mask(mask, full)
-    q, k, v, k2, v2 = _autocast(q, k, v, k2, v2)
+    q, k, v = (tensor.to(autocast_dtype(tensor)) for tensor in (q, k, v))
+    if k2 is not None and v2 is not None:
+        k2, v2 = k2.to(q.dtype), v2.to(q.dtype)
     scale = 1 / math.sqrt(dim) if scale is None else scale
     return Call(q, k, v, k2, v2, kv_lens, cu_seqlens_k, max_seqlen_k, mask, scale, None, return_lse)
 
@@ -399,18 +401,16 @@ def _media(q: Tensor, k: Tensor, v: Tensor, image_of_token: Tensor, mask: Tensor
         _fits("mask", mask, tuple(k.shape[:3]))
         if mask.dtype != torch.bool:
             raise ValueError(f"mask must be bool, got {mask.dtype}")
-    q, k, v, *_ = _autocast(q, k, v, None, None)
+    q, k, v = (tensor.to(autocast_dtype(tensor)) for tensor in (q, k, v))
     scale = 1 / math.sqrt(dim) if scale is None else scale
     return Call(q, k, v, None, None, None, None, None, mask, scale, image_of_token, False)
 
 
-def _autocast(q: Tensor, k: Tensor, v: Tensor, k2: Tensor | None, v2: Tensor | None) -> tuple[Any, ...]:
-    """All in the type that autocast says, as PyTorch's own attention does it."""
-    device = q.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
-        return q, k, v, k2, v2
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(None if tensor is None else tensor.to(dtype) for tensor in (q, k, v, k2, v2))
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The type in which autocast, where it is on, has a tensor multiplied; else its own."""
+    device = tensor.device.type
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if casts and tensor.dtype != torch.float64 else tensor.dtype
 
 
 def _alike(q: Tensor, **others: Tensor | None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vlmzoo.kernels.attention import latent_attention
+from vlmzoo.kernels.attention import autocast_dtype, latent_attention
 
 METHODS = ("auto", "projected", "absorbed")
 CHUNK = 4096
@@ -29,9 +30,8 @@ Affine = tuple[Tensor, Tensor]
 def normalize(media: Tensor, eps: float = 1e-5) -> Tensor:
     """Layer norm over the last dimension, without an affine; in autocast's type where that is on."""
     normalized = F.layer_norm(media, media.shape[-1:], eps=eps)
-    device = media.device.type
     # Once, here: autocast would cast, and keep, a copy for every projection.
-    return normalized.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else normalized
+    return normalized.to(autocast_dtype(media))
 
 
 def fold(weight: Tensor, norm: Affine) -> Affine:
@@ -39,14 +39,14 @@ def fold(weight: Tensor, norm: Affine) -> Affine:
     return weight * norm[0], (weight * norm[1]).sum(-1)  # a product of matrices would be autocast's
 
 
-def media_attention(
+def resampler_attention(
     q: Tensor,
     media: Tensor,
     key: Affine,
     value: Affine,
     *,
-    k2: Tensor,
-    v2: Tensor,
+    k2: Tensor | None = None,
+    v2: Tensor | None = None,
     key_norm: Affine | None = None,
     mask: Tensor | None = None,
     recompute: bool = False,
@@ -60,7 +60,7 @@ def media_attention(
         q: (images, queries, heads, dim)
         media: (images, tokens, media_dim), of q's type
         key, value: weight (heads * dim, media_dim) and bias (heads * dim,)
-        k2, v2: (images, keys2, heads, dim), the latents' own keys and values, behind those of the media
+        k2, v2: (images, keys2, heads, dim), the latents' own keys and values, behind those of the media; None: no such
         key_norm: weight and bias (dim,) of a layer norm of every head's keys
         mask: bool, (images, tokens), True = a real one; keys2 all are
         recompute: keep nothing as long as the media for the backward pass, but the media: there keys and values, or the
@@ -71,15 +71,19 @@ def media_attention(
         ValueError: shapes or types that do not go together, an unknown method, or one that cannot do this.
     """
     _check(q, media, key, value, mask)
+    if (k2 is None) != (v2 is None):
+        raise ValueError("k2 and v2 go together: one of them is missing")
     name, _ = _choose(q, media, key_norm, method)
     images, queries, heads, dim = q.shape
     parameters = (*key, *value, *(key_norm or ()))
     if name == "projected" and not recompute:
         k, v = _project(media, dim, *parameters)
         if mask is not None:
-            mask = F.pad(mask, (0, k2.shape[1]), value=True)[:, None, None]
+            mask = F.pad(mask, (0, 0 if k2 is None else k2.shape[1]), value=True)[:, None, None]
         return latent_attention(q, k, v, k2=k2, v2=v2, mask=mask)
-    with torch.autocast(q.device.type, enabled=False):  # scores are float32 at least
+    device = q.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        # Scores are float32 at least.
         wide = torch.promote_types(q.dtype, torch.float32)
         scaled = q.transpose(1, 2).to(wide) / math.sqrt(dim)
         if name == "projected":
@@ -92,14 +96,15 @@ def media_attention(
             out, lse = (part.reshape(images, heads, queries, -1) for part in (out, lse))
             out = out @ value[0].unflatten(0, (heads, dim)).mT + value[1].unflatten(0, (heads, 1, dim))
             lse = lse + scaled @ key[1].unflatten(0, (heads, dim, 1))
-        out2, lse2 = latent_attention(q, k2, v2, return_lse=True)
-        total = torch.logaddexp(lse, lse2[..., None])
-        out = out * (lse - total).exp() + out2.transpose(1, 2) * (lse2[..., None] - total).exp()
+        if k2 is not None and v2 is not None:
+            out2, lse2 = latent_attention(q, k2, v2, return_lse=True)
+            total = torch.logaddexp(lse, lse2[..., None])
+            out = out * (lse - total).exp() + out2.transpose(1, 2) * (lse2[..., None] - total).exp()
         return out.transpose(1, 2).to(q.dtype)
 
 
 def explain_method(q: Tensor, media: Tensor, *, key_norm: Affine | None = None, method: str = "auto") -> str:
-    """What `media_attention` would do with these, and why: "NAME: reason"."""
+    """What `resampler_attention` would do with these, and why: "NAME: reason"."""
     return ": ".join(_choose(q, media, key_norm, method))
 
 
@@ -110,17 +115,16 @@ def _choose(q: Tensor, media: Tensor, key_norm: Affine | None, method: str) -> t
         raise ValueError("method 'absorbed' cannot normalise keys, which it does not make; use 'projected' or 'auto'")
     if method != "auto":
         return method, "asked for by name"
-    queries, dim = q.shape[1], q.shape[3]
-    tokens, media_dim = media.shape[1:]
     if key_norm is not None:
         return "projected", "keys are normalised"
     if q.dtype not in (torch.float32, torch.float64):
         return "projected", f"scores of {q.dtype} matrix products would be rounded"
-    if queries > dim:
-        return "projected", f"{queries} scores a token and head are more than a key of {dim}"
-    if tokens < 2 * media_dim:
-        return "projected", f"absorbed queries and outputs outweigh the keys and values of {tokens} tokens"
-    return "absorbed", f"{queries} scores a token and head are no more than a key of {dim}"
+    queries, dim = q.shape[1], q.shape[3]
+    tokens, media_dim = media.shape[1:]
+    absorbed = queries * media_dim * (tokens + dim)
+    projected = tokens * dim * (media_dim + queries)
+    ratio = f"{absorbed / projected:.2f} of the multiplications of keys and values, scores and outputs"
+    return ("absorbed" if absorbed < projected else "projected"), f"absorbing them takes {ratio}"
 
 
 def _check(q: Tensor, media: Tensor, key: Affine, value: Affine, mask: Tensor | None) -> None:

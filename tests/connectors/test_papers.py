@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from tests.connectors.parts import TEXT, VISION, adapted, create, distance, rescale, visual_input
 from vlmzoo.connector import ImageLayout, TextSpec, VisionSpec
+from vlmzoo.connectors import attention_pooling as pooling
 from vlmzoo.connectors._layers import gelu_tanh
 from vlmzoo.sweeps.trial import num_trainable
 
@@ -250,6 +252,17 @@ def difference(name: str, ours: Any, honest: Any) -> float:
 def test_equals_its_equations(name: str) -> None:
     ours = made(name)
     assert difference(name, ours, ours) <= 1e-4
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_attention_pooling_of_many_patches_equals_its_equations(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pooling, "MANY", 1)
+    monkeypatch.setitem(OPTIONS, "attention_pooling", {"num_queries": queries, "num_heads": 2})
+    ours = made("attention_pooling")
+    assert difference("attention_pooling", ours, ours) <= 1e-4
+    honest = copy.deepcopy(ours)
+    ours.attention.value.bias = None
+    assert difference("attention_pooling", ours, honest) > 1e-4
 
 
 def replaced(path: str, value: Any) -> Callable[[Any], None]:

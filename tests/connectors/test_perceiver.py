@@ -17,7 +17,7 @@ from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 
 from tests.connectors.parts import VISION, copy_weights, create, distance, random_input, rescale
 from vlmzoo.connector import VisualInput
-from vlmzoo.connectors import perceiver
+from vlmzoo.connectors import _layers, perceiver
 from vlmzoo.connectors._layers import squared_relu
 from vlmzoo.kernels import resampler
 from vlmzoo.kernels.attention import latent_attention
@@ -190,9 +190,9 @@ def test_few_media_stay_the_same_to_the_bit(dtype: torch.dtype, tokens: int, tra
 @pytest.mark.parametrize("tokens", [perceiver.MANY - 1, perceiver.MANY])
 def test_both_sides_of_the_rule_are_flamingos(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    honest = perceiver.media_attention
+    honest = _layers.resampler_attention
     monkeypatch.setattr(
-        perceiver, "media_attention", lambda *inputs, **named: asked.append(1) or honest(*inputs, **named)
+        _layers, "resampler_attention", lambda *inputs, **named: asked.append(1) or honest(*inputs, **named)
     )
     part = create("perceiver", OPTIONS).resampler
     rescale(part)

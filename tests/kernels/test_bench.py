@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vlmzoo.connectors import perceiver
+from vlmzoo.connectors import _layers, perceiver
 from vlmzoo.connectors._layers import BlockShape
 from vlmzoo.kernels import _bench_cpu, bench
 
@@ -83,8 +83,8 @@ def test_peak_counts_what_lives_at_once() -> None:
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = perceiver.fold
-    monkeypatch.setattr(perceiver, "fold", lambda weight, norm: honest(weight, (1.001 * norm[0], norm[1])))
+    honest = _layers.fold
+    monkeypatch.setattr(_layers, "fold", lambda weight, norm: honest(weight, (1.001 * norm[0], norm[1])))
     with pytest.raises(ArithmeticError, match=r"vlmzoo: .* is off by"):
         bench.main(SMALL)
 

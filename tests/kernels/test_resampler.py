@@ -1,4 +1,4 @@
-"""`media_attention` against the layers written out in float64: values, gradients, cost, memory, and planted faults."""
+"""`resampler_attention` against layers written out in float64: values, gradients, cost, memory, planted faults."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vlmzoo.kernels import reference, resampler
+from tests.kernels import oracle
+from vlmzoo.kernels import resampler
 from vlmzoo.kernels.attention import latent_attention
-from vlmzoo.kernels.resampler import explain_method, fold, media_attention, normalize
+from vlmzoo.kernels.resampler import explain_method, fold, normalize, resampler_attention
 
 IMAGES, TOKENS, MEDIA_DIM, HEADS, DIM, QUERIES, LATENTS = 2, 13, 12, 3, 4, 5, 2
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 0.0, torch.bfloat16: 0.0}
@@ -61,7 +62,7 @@ def mask() -> Tensor:
 def ours(layers: list[Weights], real: Tensor | None, qk_norm: bool, recompute: bool, method: str) -> list[Tensor]:
     media = normalize(layers[0]["media"])
     return [
-        media_attention(
+        resampler_attention(
             layer["q"],
             media,
             fold(layer["key"], (layer["gamma"], layer["beta"])),
@@ -78,7 +79,7 @@ def ours(layers: list[Weights], real: Tensor | None, qk_norm: bool, recompute: b
 
 
 def written_out(
-    layers: list[Weights], real: Tensor | None, qk_norm: bool, attend: Callable[..., Any] = reference.attention
+    layers: list[Weights], real: Tensor | None, qk_norm: bool, attend: Callable[..., Any] = oracle.attention
 ) -> list[Tensor]:
     """Each layer normalises the media with its own affine, projects them and attends."""
     outputs = []
@@ -183,11 +184,28 @@ def test_an_image_without_media_sees_its_latents(method: str, recompute: bool) -
     assert error(got, results(written_out(layers, none, False), layers)) <= 1e-12
 
 
+@pytest.mark.parametrize("method", ["projected", "absorbed"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_without_latents(method: str, recompute: bool) -> None:
+    layer = tensors()[0]
+    media = normalize(layer["media"])
+    key, value = (fold(layer[part], (layer["gamma"], layer["beta"])) for part in ("key", "value"))
+    got = resampler_attention(layer["q"], media, key, value, method=method, recompute=recompute)
+    seen = F.layer_norm(layer["media"], (MEDIA_DIM,), layer["gamma"], layer["beta"])
+    k, v = ((seen @ layer[part].T).unflatten(-1, (HEADS, DIM)) for part in ("key", "value"))
+    torch.testing.assert_close(got, oracle.attention(layer["q"], k, v)[0], rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="k2 and v2 go together"):
+        resampler_attention(layer["q"], media, key, value, k2=layer["k2"])
+
+
 def test_auto_absorbs_few_queries_over_many_media() -> None:
     q, media = torch.zeros(1, 64, 8, 64), torch.zeros(1, 2048, 1024)
-    assert explain_method(q, media).startswith("absorbed: 64 scores")
-    assert explain_method(q, media[:, 1:]).startswith("projected: absorbed queries")
-    assert explain_method(torch.zeros(1, 65, 8, 64), media).startswith("projected: 65 scores")
+    assert explain_method(q, media) == (
+        "absorbed: absorbing them takes 0.97 of the multiplications of keys and values, scores and outputs"
+    )
+    assert explain_method(q, media[:, :900]).startswith("projected: absorbing them takes 1.01 of")
+    assert explain_method(torch.zeros(1, 1, 8, 64), media[:, :256]).startswith("absorbed: absorbing them takes 0.02 of")
+    assert explain_method(torch.zeros(1, 72, 8, 64), media).startswith("projected: absorbing them takes 1.08 of")
     assert explain_method(q.bfloat16(), media).startswith("projected: scores of torch.bfloat16")
     assert explain_method(q, media, key_norm=(q, q)) == "projected: keys are normalised"
     assert explain_method(q, media, method="projected") == "projected: asked for by name"
@@ -211,7 +229,7 @@ def test_refuses_in_one_line(change: dict[str, Any], says: str) -> None:
     inputs: dict[str, Any] = {"q": torch.zeros(2, 5, 2, 4), "media": torch.zeros(2, 7, 6), "key": affine}
     inputs |= {"value": affine, "k2": torch.zeros(2, 1, 2, 4), "v2": torch.zeros(2, 1, 2, 4)}
     with pytest.raises(ValueError, match=says) as refusal:
-        media_attention(**{**inputs, **change})
+        resampler_attention(**{**inputs, **change})
     assert "\n" not in str(refusal.value)
 
 
