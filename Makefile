@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help sweep sweep-full test test-zoo test-timm test-interpreted test-kernels lint docs bench bench-env
+.PHONY: help sweep sweep-full test test-zoo test-timm test-interpreted test-kernels lint docs bench bench-env gpu
 help:
 	@echo "make sweep       compare five connectors on the embedded world (about 12 minutes on two cores)"
 	@echo "make sweep-full  the same with two encoders, two LLMs, five seeds and several times the steps (six hours)"
@@ -11,6 +11,7 @@ help:
 	@echo "make test-timm   of these, those that need timm"
 	@echo "make test-kernels  the kernels at every size, under Triton's interpreter and compiled for two GPUs (four minutes)"
 	@echo "make bench       the kernels' time and memory against their peers, on this machine (a quarter of an hour on two cores)"
+	@echo "make gpu         the kernels on this machine's GPU: tests, the fastest tiles, and a table (nine minutes)"
 	@echo "make docs        docs/connectors.md and docs/parity.md, from what the code does"
 
 .venv/installed: pyproject.toml constraints.txt
@@ -50,6 +51,12 @@ bench-env: .venv/bench
 
 bench: bench-env
 	$(BIN)/python -m vlmzoo.kernels.bench --peers --json runs/bench.json
+
+# With the python3 on the PATH, which brings its own PyTorch for CUDA, and without .venv.
+GPU_OUT ?= experiments/results/gpu
+gpu:
+	$(PYTHON) -m pytest tests/kernels/test_gpu.py tests/kernels/test_splice.py -p no:cacheprovider
+	$(PYTHON) -m vlmzoo.kernels.bench --gpu --tune --out $(GPU_OUT)
 
 docs: .venv/timm
 	$(BIN)/python -m vlmzoo.sweeps.cards docs

@@ -1,6 +1,7 @@
 """Measures the kernels against their peers, each result checked before it is timed.
 
-python -m vlmzoo.kernels.bench --peers --json FILE
+python -m vlmzoo.kernels.bench --peers --json FILE      on this machine's CPU
+python -m vlmzoo.kernels.bench --gpu --out DIR          on its GPU
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from typing import Any
 
 import torch
 
-from vlmzoo.kernels import _bench_cpu
+from vlmzoo.kernels import _bench_cpu, _bench_gpu
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.gpu:
+        return on_gpu(options)
     result: dict[str, Any] = {"machine": machine()}
     try:
         result |= _bench_cpu.measure(options)
@@ -36,11 +39,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def on_gpu(options: argparse.Namespace) -> int:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("bench: --gpu needs a CUDA device, and PyTorch sees none here", file=sys.stderr)
+        return 2
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.tune:
+        name = torch.cuda.get_device_name()
+        path = Path(__file__).with_name("tuned.json")
+        cards = json.loads(path.read_text()) if path.exists() else {}
+        text = json.dumps(cards | {name: _bench_gpu.tune(torch.device(options.device))}, indent=1) + "\n"
+        for target in (path, options.out / "tuned.json"):
+            target.write_text(text)
+    try:
+        result = _bench_gpu.measure(options)
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    (options.out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    (options.out / "README.md").write_text(_bench_gpu.table(result))
+    (options.out / "ratios.svg").write_text(_bench_gpu.plot(result))
+    print(_bench_gpu.table(result))
+    return 0
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m vlmzoo.kernels.bench",
-        description="Time and memory of a resampler's training step, and of attention, on this machine's CPU.",
+        description="Time and memory of a resampler's training step, and of attention, on this machine's CPU; or with "
+        "--gpu of the kernels on its GPU.",
         epilog="example: python -m vlmzoo.kernels.bench --peers --json bench.json",
+    )
+    gpu = parser.add_argument_group("on a GPU")
+    gpu.add_argument("--gpu", action="store_true", help="measure there, and nothing on the CPU")
+    gpu.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="DIR", help="for results, table and plot")
+    gpu.add_argument("--tune", action="store_true", help="first look for the fastest tiles, and keep them")
+    gpu.add_argument("--seconds", type=float, default=300, metavar="N", help="begin no shape later (default: 300)")
+    gpu.add_argument("--device", default="cuda", help="cuda, or cpu for a trial of the program (default: cuda)")
+    gpu.add_argument("--shapes", nargs="*", default=[], metavar="B,Lq,Lkv,d", help="these, not the sixteen core shapes")
+    gpu.add_argument(
+        "--shard",
+        default=os.environ.get("GPU_SHARD"),
+        metavar="i/n",
+        help="every n-th of all other shapes, from the i-th on (default: GPU_SHARD)",
     )
     parser.add_argument("--peers", action="store_true", help="also flamingo-pytorch and perceiver-pytorch")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, ratios and rows to this file")

@@ -11,8 +11,11 @@ written once.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +39,21 @@ class Blocks:
     warps: int
     stages: int
     chunk: int = 1024
+
+
+@cache
+def _table(card: str) -> dict[str, list[int]]:
+    path = Path(__file__).with_name("tuned.json")
+    return json.loads(path.read_text()).get(card, {}) if path.exists() else {}
+
+
+def tuned(direction: str, q: Tensor) -> Blocks | None:
+    """What `make gpu` found to be fastest on this card, if it has run there: `tuned.json`."""
+    if not q.is_cuda or q.itemsize > 2 or q.shape[1] > 128:
+        return None
+    key = f"{direction} {64 if q.shape[1] <= 64 else 128} {64 if q.shape[-1] <= 64 else 128}"
+    found = _table(torch.cuda.get_device_name(q.device)).get(key)
+    return None if found is None else Blocks(*found)
 
 
 def forward_blocks(num_queries: int, dim: int, itemsize: int) -> Blocks:
@@ -374,7 +392,7 @@ def latent_attention(
     q, k, v = (dense(tensor) for tensor in (q, k, v))
     k2, v2 = (None if tensor is None else dense(tensor) for tensor in (k2, v2))
     batch, num_queries, heads, dim = q.shape
-    blocks = forward_blocks(num_queries, dim, q.itemsize)
+    blocks = tuned("forward", q) or forward_blocks(num_queries, dim, q.itemsize)
     splits, every, scoring, sizes = _launch(q, k, k2, kv_lens, cu_seqlens_k, max_seqlen_k, mask, scale, blocks)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(batch, heads, num_queries, dtype=accumulator(q), device=q.device)
@@ -437,7 +455,8 @@ def latent_attention_backward(
     k2, v2 = (None if tensor is None else dense(tensor) for tensor in (k2, v2))
     batch, num_queries, heads, dim = q.shape
     hopper = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] >= 9
-    blocks = backward_blocks(num_queries, dim, q.itemsize, hopper, mask is None and slope_lse is None)
+    plain = mask is None and slope_lse is None
+    blocks = (tuned("backward", q) if plain else None) or backward_blocks(num_queries, dim, q.itemsize, hopper, plain)
     splits, every, scoring, sizes = _launch(q, k, k2, kv_lens, cu_seqlens_k, max_seqlen_k, mask, scale, blocks)
     new = torch.empty if cu_seqlens_k is None else torch.zeros  # segments need not cover what is packed
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)

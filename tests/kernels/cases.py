@@ -86,23 +86,31 @@ class Altered:
         return lambda *arguments, **constants: self.kernel[grid](*arguments, **{**constants, **self.constants})
 
 
-def check(inputs: dict[str, Any], backend: str, dtype: torch.dtype = torch.float64) -> None:
+def placed(inputs: dict[str, Any], device: str) -> dict[str, Any]:
+    """The same on a device."""
+    return {
+        name: value.detach().to(device).requires_grad_(value.requires_grad) if torch.is_tensor(value) else value
+        for name, value in inputs.items()
+    }
+
+
+def check(inputs: dict[str, Any], backend: str, dtype: torch.dtype = torch.float64, device: str = "cpu") -> None:
     """Output and gradients are the oracle's, to the tolerance of the type, and lengths' and masks' too."""
-    media = "image_of_token" in inputs
-    parts = {name: value for name, value in inputs.items() if torch.is_tensor(value) and value.is_floating_point()}
-    exact = {name: value.detach().double().requires_grad_() for name, value in parts.items()}
-    if media:
-        want, got = oracle.media_attention(**{**inputs, **exact}), media_attention(**inputs, backend=backend)
+    names = [name for name, value in inputs.items() if torch.is_tensor(value) and value.is_floating_point()]
+    exact = {name: inputs[name].detach().double().requires_grad_() for name in names}
+    ours = placed(inputs, device)
+    if "image_of_token" in inputs:
+        want, got = oracle.media_attention(**{**inputs, **exact}), media_attention(**ours, backend=backend)
     else:
-        want, got = oracle.attention(**{**inputs, **exact})[0], latent_attention(**inputs, backend=backend)
+        want, got = oracle.attention(**{**inputs, **exact})[0], latent_attention(**ours, backend=backend)
     assert got.dtype == dtype
     assert got.isfinite().all()
-    assert error(got.detach(), want.detach()) <= TOLERANCE[dtype]
+    assert error(got.detach().cpu(), want.detach()) <= TOLERANCE[dtype]
     if not got.requires_grad:
         return
     slope = torch.randn(want.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     wanted = torch.autograd.grad(want, list(exact.values()), slope)
-    found = torch.autograd.grad(got, list(parts.values()), slope.to(dtype))
-    for name, gradient, exactly in zip(parts, found, wanted, strict=True):
+    found = torch.autograd.grad(got, [ours[name] for name in names], slope.to(device, dtype))
+    for name, gradient, exactly in zip(names, found, wanted, strict=True):
         assert gradient.isfinite().all(), name
-        assert error(gradient, exactly) <= 2 * TOLERANCE[dtype], name
+        assert error(gradient.cpu(), exactly) <= 2 * TOLERANCE[dtype], name

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vlmzoo.connectors import _layers, perceiver
 from vlmzoo.connectors._layers import BlockShape
-from vlmzoo.kernels import _bench_cpu, bench
+from vlmzoo.kernels import _bench_cpu, _bench_gpu, attention, bench
 
 SMALL = ["--tokens", "300", "--dim", "32", "--layers", "2", "--latents", "4", "--rounds", "2", "--threads", "1"]
 OURS = ["vlmzoo", "vlmzoo, recompute", "vlmzoo, layer by layer"]
@@ -115,3 +115,55 @@ def test_every_option_says_what_it_is(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit, match="2"):
         bench.main(["--rounds", "0"])
     assert "--rounds must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_the_gpu_benchmark_runs_whole_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same program, at small sizes; what is Triton's is left out."""
+    command = ["--gpu", "--device", "cpu", "--shapes", "2,5,300,128", "1,3,40,64", "--out", str(tmp_path)]
+    assert bench.main(command) == 0
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert {row["mode"] for row in result["rows"] if row["part"] == "attention"} == {"dense", "padded", "varlen"}
+    timed = {row["case"] for row in result["rows"] if row["part"] == "attention" and "ms" in row}
+    assert {"eager", "chunked", "sdpa"} <= timed
+    assert "triton" not in timed
+    parts = {row["part"] for row in result["rows"]}
+    assert parts == {"attention", "media", "splice", "loss"}
+    assert all(row["of_roofline"] > 0 for row in result["rows"] if "of_roofline" in row)
+    loss = next(row for row in result["rows"] if row["case"] == "supervised rows")
+    full = next(row for row in result["rows"] if row["case"] == "full logits")
+    assert loss["ratio_to_best_peer"] == pytest.approx(full["ms"] / loss["ms"])
+    table = capsys.readouterr().out
+    assert "| B2 Lq5 Lkv300 d128 | padded | backward | chunked |" in table
+    assert (tmp_path / "ratios.svg").read_text().startswith("<svg")
+
+
+def test_a_wrong_backend_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    honest = attention.chunked_attention
+
+    def wrong(*arguments: Any) -> Any:
+        out, lse = honest(*arguments)
+        return out * 1.1, lse
+
+    monkeypatch.setattr(attention, "chunked_attention", wrong)
+    shape, roofs = _bench_gpu.Shape(1, 3, 40, 64), {"bytes_per_s": 1e9, "flops_per_s": 1e9}
+    rows = _bench_gpu._attention(shape, "padded", torch.device("cpu"), roofs)
+    (refused,) = [row["refused"] for row in rows if row["case"] == "chunked"]
+    assert refused == "off by 0.1"
+    with pytest.raises(ArithmeticError, match="media, .*: chunked is off by 0.1"):
+        bench.main(["--gpu", "--device", "cpu", "--shapes", "1,3,40,64", "--out", str(tmp_path)])
+
+
+def test_shards_are_all_other_shapes() -> None:
+    everything = [shape for part in range(5) for shape in _bench_gpu.shard(f"{part}/5")]
+    assert len(_bench_gpu.CORE) == len(set(_bench_gpu.CORE)) == 16
+    assert set(everything) | set(_bench_gpu.CORE) == set(_bench_gpu.ALL)
+    assert len(everything) == len(set(everything))
+    for text in ("5/5", "1", "a/b"):
+        with pytest.raises(ValueError, match="GPU_SHARD must be i/n"):
+            _bench_gpu.shard(text)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a CUDA device")
+def test_without_a_gpu_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--gpu"]) == 2
+    assert capsys.readouterr().err == "bench: --gpu needs a CUDA device, and PyTorch sees none here\n"
