@@ -15,8 +15,10 @@ from torch import Tensor
 from vlmzoo.kernels import _device, fused, reference
 from vlmzoo.kernels.chunked import chunked_attention
 
-LONG = 256
-"""Keys from which on, on a CPU, going through them segment by segment is faster than masking and copying."""
+LONG_ON_CPU = {"lengths": 1024, "packed keys": 1024, "images": 256, "a second segment": 8192, "a mask": 8192}
+"""How many keys of a sample make it no slower, on a CPU, to go through them in pieces than to mask and copy them."""
+LONG_ON_GPU = 2048
+"""Below so many keys a dense kernel's launch costs more than its work."""
 MAX_TRITON_DIM = 128
 
 
@@ -52,7 +54,10 @@ class Call:
 
     @property
     def num_keys(self) -> int:
-        return self.k.shape[0 if self.cu_seqlens_k is not None else 2 if self.image_of_token is not None else 1]
+        """Of a sample; packed ones of all samples."""
+        if self.image_of_token is not None:
+            return self.k.shape[1] * self.k.shape[2]
+        return self.k.shape[0 if self.cu_seqlens_k is not None else 1] + (0 if self.k2 is None else self.k2.shape[1])
 
 
 @overload
@@ -184,20 +189,23 @@ def _choose(call: Call, backend: str) -> tuple[str, str]:
             raise ValueError(f"attention backend {backend!r} cannot do this: {obstacle}")
         return backend, "asked for by name"
     extras = {
-        "a second segment": call.k2,
         "lengths": call.kv_lens,
         "packed keys": call.cu_seqlens_k,
-        "several images": call.image_of_token,
+        "images": call.image_of_token,
+        "a second segment": call.k2,
         "a mask": call.mask,
     }
     asked = next((name for name, value in extras.items() if value is not None), None)
-    if call.q.is_cuda and not BACKENDS["triton"].obstacle(call) and (asked or call.return_lse or call.num_keys >= LONG):
-        return "triton", "few queries over many keys, or keys that a dense kernel would read in vain"
+    if not BACKENDS["triton"].obstacle(call) and call.q.is_cuda:
+        if asked or call.return_lse:
+            return "triton", f"with {asked or 'the log-sum-exp'} other kernels would copy or mask out keys"
+        if call.num_keys >= LONG_ON_GPU:
+            return "triton", f"few queries over at least {LONG_ON_GPU} keys"
     if not BACKENDS["chunked"].obstacle(call):
         if call.return_lse:
             return "chunked", "the log-sum-exp is asked for, which sdpa does not return"
-        if asked and call.num_keys >= LONG:
-            return "chunked", f"at least {LONG} keys with {asked}, which sdpa would copy or mask out"
+        if asked and call.num_keys >= LONG_ON_CPU[asked]:
+            return "chunked", f"at least {LONG_ON_CPU[asked]} keys with {asked}, which sdpa would copy or mask out"
     if call.return_lse:
         return "eager", "the log-sum-exp is asked for, which sdpa does not return"
     return "sdpa", f"nothing to leave out; PyTorch picks its kernel for {call.q.dtype} on {call.q.device.type}"

@@ -94,17 +94,20 @@ def test_auto_goes_through_long_keys_in_pieces() -> None:
     assert chosen(64).startswith("sdpa: nothing to leave out")
     assert chosen(64, 4).startswith("sdpa: ")
     assert chosen(4096).startswith("sdpa: ")
-    assert chosen(4096, 4).startswith("chunked: at least 256 keys with a second segment")
-    assert chosen(4096, kv_lens=torch.tensor([1, 2, 3])).startswith("chunked: at least 256 keys with lengths")
+    assert chosen(4096, 4).startswith("sdpa: ")
+    assert chosen(8188, 4).startswith("chunked: at least 8192 keys with a second segment")
+    assert chosen(1023, kv_lens=torch.tensor([1, 2, 3])).startswith("sdpa: ")
+    assert chosen(1024, kv_lens=torch.tensor([1, 2, 3])).startswith("chunked: at least 1024 keys with lengths")
     assert chosen(64, return_lse=True).startswith("chunked: the log-sum-exp is asked for")
     assert chosen(64, backend="eager").startswith("eager: asked for by name\n")
-    assert explain_backend(**text_and_images(9, 3, 300)).startswith("chunked: at least 256 keys with several images")
+    assert explain_backend(**text_and_images(9, 3, 100)).startswith("chunked: at least 256 keys with images")
+    assert explain_backend(**text_and_images(9, 3, 85)).startswith("sdpa: ")
     lines = chosen(64).splitlines()
     assert [line.split(":")[0] for line in lines] == ["sdpa", *(name for name in attention.BACKENDS if name != "sdpa")]
     assert any(line.startswith("triton: triton needs a CUDA device, not cpu") for line in lines)
 
 
-@pytest.mark.parametrize("num_keys", [255, 256, 700])
+@pytest.mark.parametrize("num_keys", [1023, 1024])
 def test_auto_is_right_on_both_sides_of_its_rule(num_keys: int) -> None:
     check(tensors(9, num_keys, 5, kv_lens=torch.tensor([num_keys, 0, 64])), "auto")
     check(text_and_images(20, 3, num_keys), "auto")
