@@ -35,6 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from vlmzoo.connectors import perceiver
 from vlmzoo.connectors._layers import MANY, BlockShape
+from vlmzoo.kernels._bench_parts import loss, media, projections, segments, splice
 from vlmzoo.kernels.attention import latent_attention
 
 HEADS, HEAD_DIM = 8, 64
@@ -120,7 +121,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             ratios[f"{prefix}_step_ratio"] = median(times[best]) / median(times[case])
             ratios[f"{prefix}_step_ratio_spread"] = [min(of_rounds), max(of_rounds)]
             ratios[f"{prefix}_memory_ratio"] = peaks[case] / min(peaks[name] for name in peers)
-    return ratios | {"rows": rows + _attention(options)}
+    return ratios | {"rows": [*rows, *_attention(options), *_compared(options)]}
 
 
 def _peers(options: argparse.Namespace, ours: nn.Module) -> dict[str, nn.Module]:
@@ -232,6 +233,34 @@ def _attention(options: argparse.Namespace) -> list[dict[str, Any]]:
                 | _seconds(times[name])
                 for name in times
             ]
+    return rows
+
+
+def _compared(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The other kernels against the usual ways; `times` above 1 says that the row is faster than its part's first."""
+    cpu, tokens = torch.device("cpu"), options.tokens
+    small = tokens < 1024
+    vocab, dim = (100, 16) if small else (32000, 512)
+    parts = [
+        *(segments(cpu, torch.float32, batch, options.latents, tokens // batch, 64, lengths)
+          for batch in (1, 8) for lengths in (False, True)),
+        media(cpu, torch.float32, 1, tokens // 16, 8, 64, ("sdpa", "chunked")),
+        splice(cpu, torch.float32, 4, tokens // 16, tokens // 32, dim, ("torch",)),
+        *(loss(cpu, torch.float32, 4, tokens // 32, dim, vocab, trained=trained) for trained in (False, True)),
+        *(projections(cpu, queries, tokens, options.dim, HEADS, size)
+          for queries, size in ((64, 64), (64, 128), (1, 64))),
+    ]  # fmt: skip
+    rows = []
+    for part in parts:
+        part.check(TOLERANCE)
+        times = _times(part.ways, options.rounds)
+        first = median(next(iter(times.values())))
+        rows += [
+            {"part": part.name, "shape": part.shape, "case": name}
+            | _seconds(times[name])
+            | {"times": first / median(times[name])}
+            for name in times
+        ]
     return rows
 
 

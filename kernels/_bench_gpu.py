@@ -23,10 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmzoo.kernels import _device
-from vlmzoo.kernels.attention import BACKENDS, explain_backend, latent_attention, media_attention
-from vlmzoo.kernels.splice import splice_rows
-from vlmzoo.kernels.supervised_loss import supervised_loss
+from vlmzoo.kernels._bench_parts import Part, loss, media, splice
+from vlmzoo.kernels.attention import BACKENDS, explain_backend, latent_attention
 
 WIDTH = 1024
 """heads * dim of all attention shapes."""
@@ -103,8 +101,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             break
         for mode in MODES:
             rows += _attention(shape, mode, device, roofs)
-    for part in (_media, _splice, _loss):
-        rows += part(device)
+    for part in _parts(device):
+        rows += _compared(part, device)
     for row in rows:
         _rate(row, rows)
     return {
@@ -289,91 +287,26 @@ def _error(mode: str, lengths: list[int], got: tuple[Tensor, ...], want: list[Te
     return max(errors) if all(part.isfinite().all() for part in got) else math.nan
 
 
-def _compared(part: str, shape: str, ways: dict[str, Callable[[], tuple[Tensor, ...]]], device: torch.device) -> Any:
-    """Rows of ways that give the same; each gives its output and gradients, and is timed whole."""
-    rows, want = [], None
-    for name, run in ways.items():
-        found = [tensor.float() for tensor in run()]
-        want = want or found
-        error = max(float((a - b).norm() / b.norm().clamp(min=1e-6)) for a, b in zip(found, want, strict=True))
-        if not error <= TOLERANCE:
-            raise ArithmeticError(f"{part}, {shape}: {name} is off by {error:.2g}, at most {TOLERANCE} is expected")
-        ms = _milliseconds(run, device)
-        rows.append(
-            {"part": part, "shape": shape, "mode": "", "case": name, "passes": "both", "ms": ms, "error": error}
-        )
-    return rows
+def _compared(part: Part, device: torch.device) -> list[dict[str, Any]]:
+    """Rows of ways to the same output and gradients, each timed whole."""
+    part.check(TOLERANCE)
+    row = {"part": part.name, "shape": part.shape, "mode": "", "passes": "both"}
+    return [row | {"case": name, "ms": _milliseconds(run, device)} for name, run in part.ways.items()]
 
 
-def _media(device: torch.device) -> list[dict[str, Any]]:
-    """2048 tokens of text over 8 images of 64 latents."""
-    length, images, keys, heads = (2048, 8, 64, 16) if device.type == "cuda" else (32, 2, 8, 2)
-    q, k, v = (
-        torch.randn(4, *sizes, heads, 64, device=device, dtype=torch.bfloat16).requires_grad_()
-        for sizes in ((length,), (images, keys), (images, keys))
-    )
-    image = torch.arange(images, device=device).repeat_interleave(length // images).expand(4, length)
-    slope = torch.randn_like(q)
-
-    def way(name: str) -> Callable[[], tuple[Tensor, ...]]:
-        def run() -> tuple[Tensor, ...]:
-            out = media_attention(q, k, v, image, backend=name)
-            return out.detach(), *torch.autograd.grad(out, (q, k, v), slope)
-
-        return run
-
-    names = ("sdpa-efficient", OURS) if device.type == "cuda" else ("sdpa", "chunked")
-    return _compared("media", f"B4 L{length} images {images} x {keys}", {name: way(name) for name in names}, device)
-
-
-def _splice(device: torch.device) -> list[dict[str, Any]]:
-    length, slots, dim = (4096, 2880, 4096) if device.type == "cuda" else (64, 32, 16)
-    embeds, rows = (
-        torch.randn(8, size, dim, device=device, dtype=torch.bfloat16).requires_grad_() for size in (length, slots)
-    )
-    index = torch.full((8, length), -1, device=device)
-    index[:, 16 : 16 + slots] = torch.arange(slots, device=device)
-    slope = torch.randn_like(embeds)
-
-    def scatter(embeds: Tensor, rows: Tensor) -> Tensor:
-        return embeds.masked_scatter((index >= 0)[..., None], rows)
-
-    def way(run: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
-        def both() -> tuple[Tensor, ...]:
-            out = run(embeds, rows)
-            return out.detach(), *torch.autograd.grad(out, (embeds, rows), slope)
-
-        return both
-
-    ways = {"masked_scatter": way(scatter), "torch": way(lambda e, r: splice_rows(e, r, index, backend="torch"))}
-    if not _device.obstacle(device):
-        ways[OURS] = way(lambda e, r: splice_rows(e, r, index, backend="triton"))
-    return _compared("splice", f"B8 L{length} rows {slots} dim {dim}", ways, device)
-
-
-def _loss(device: torch.device) -> list[dict[str, Any]]:
-    """A quarter of the positions supervised, a frozen and a trained lm_head."""
-    length, dim, vocab = (2048, 4096, 32000) if device.type == "cuda" else (32, 16, 50)
-    hidden = torch.randn(4, length, dim, device=device, dtype=torch.bfloat16).requires_grad_()
-    weight = (torch.randn(vocab, dim, device=device, dtype=torch.bfloat16) / math.sqrt(dim)).requires_grad_()
-    labels = torch.randint(vocab, (4, length), device=device)
-    labels[:, : length * 3 // 4] = -100
-    rows = []
-    for kind, wanted in (("frozen", (hidden,)), ("trained", (hidden, weight))):
-        head = weight if kind == "trained" else weight.detach()
-
-        def full(head: Tensor = head, wanted: tuple[Tensor, ...] = wanted) -> tuple[Tensor, ...]:
-            logits = F.linear(hidden, head).float().flatten(0, 1)
-            loss = F.cross_entropy(logits, labels.flatten(), reduction="sum")
-            return loss.detach()[None], *torch.autograd.grad(loss, wanted)
-
-        def ours(head: Tensor = head, wanted: tuple[Tensor, ...] = wanted) -> tuple[Tensor, ...]:
-            loss = supervised_loss(hidden, head, labels)
-            return loss.detach()[None], *torch.autograd.grad(loss, wanted)
-
-        shape = f"rows {4 * length}, a quarter supervised, vocab {vocab}, {kind} head"
-        rows += _compared("loss", shape, {"full logits": full, "supervised rows": ours}, device)
-    return rows
+def _parts(device: torch.device) -> list[Part]:
+    """2048 tokens of text over 8 images; a tiled image spliced in; a quarter of the positions supervised."""
+    if device.type != "cuda":
+        sizes = {"media": (2, 32, 2, 8), "splice": (2, 64, 32, 16), "loss": (4, 32, 16, 50)}
+        names = {"media": ("sdpa", "chunked"), "splice": ("torch",)}
+    else:
+        sizes = {"media": (4, 2048, 8, 64), "splice": (8, 4096, 2880, 4096), "loss": (4, 2048, 4096, 32000)}
+        names = {"media": ("sdpa-efficient", OURS), "splice": ("torch", OURS)}
+    return [
+        media(device, torch.bfloat16, *sizes["media"], names["media"]),
+        splice(device, torch.bfloat16, *sizes["splice"], names["splice"]),
+        *(loss(device, torch.bfloat16, *sizes["loss"], trained=trained) for trained in (False, True)),
+    ]
 
 
 def tune(device: torch.device) -> dict[str, list[int]]:

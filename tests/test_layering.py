@@ -25,7 +25,7 @@ LAYERS = [
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 ALLOWED_SIDEWAYS = {("connectors", "kernels")}
-BENCH = {"bench.py", "_bench_cpu.py", "_bench_gpu.py"}
+BENCH = {"bench.py", "_bench_cpu.py", "_bench_gpu.py", "_bench_parts.py"}
 """Of `kernels`, the program that measures them in whole connectors; no kernel imports it."""
 
 
