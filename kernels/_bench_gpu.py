@@ -91,7 +91,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """
     device = torch.device(options.device)
     began = time.monotonic()
-    shapes = [Shape(*map(int, text.split(","))) for text in options.shapes] or shard(options.shard)
+    shapes = options.shapes or shard(options.shard)
     roofs = _roofs(device)
     rows: list[dict[str, Any]] = []
     left: list[str] = []

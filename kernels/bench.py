@@ -75,8 +75,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     gpu.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="DIR", help="for results, table and plot")
     gpu.add_argument("--tune", action="store_true", help="first look for the fastest tiles, and keep them")
     gpu.add_argument("--seconds", type=float, default=300, metavar="N", help="begin no shape later (default: 300)")
-    gpu.add_argument("--device", default="cuda", help="cuda, or cpu for a trial of the program (default: cuda)")
-    gpu.add_argument("--shapes", nargs="*", default=[], metavar="B,Lq,Lkv,d", help="these, not the sixteen core shapes")
+    gpu.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a trial of the program")
+    gpu.add_argument(
+        "--shapes", nargs="*", type=shape, default=[], metavar="B,Lq,Lkv,d", help="these, not the sixteen core shapes"
+    )
     gpu.add_argument(
         "--shard",
         default=os.environ.get("GPU_SHARD"),
@@ -95,10 +97,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{says} (default: {default})")
     options = parser.parse_args(arguments)
+    if options.tune and options.device != "cuda":
+        parser.error("--tune needs --device cuda")
     for name in ("tokens", "dim", "layers", "latents", "rounds"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     return options
+
+
+def shape(text: str) -> _bench_gpu.Shape:
+    sizes = text.split(",")
+    if len(sizes) != 4 or not all(size.isdigit() and int(size) > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(f"expected batch,queries,keys,dim, got {text!r}")
+    return _bench_gpu.Shape(*map(int, sizes))
 
 
 def machine() -> dict[str, Any]:

@@ -167,3 +167,18 @@ def test_shards_are_all_other_shapes() -> None:
 def test_without_a_gpu_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["--gpu"]) == 2
     assert capsys.readouterr().err == "bench: --gpu needs a CUDA device, and PyTorch sees none here\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--gpu", "--shapes", "1,2,3"], "argument --shapes: expected batch,queries,keys,dim, got '1,2,3'"),
+        (["--gpu", "--device", "cpu", "--tune"], "--tune needs --device cuda"),
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+    ],
+)
+def test_refuses_in_one_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        bench.main(arguments)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].endswith(says)
