@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 SDPA = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
@@ -41,13 +40,15 @@ def sdpa(
 
 
 @cache
-def _compiled_flex() -> Any:
-    return torch.compile(flex_attention, dynamic=False)
+def _compiled(attend: Any) -> Any:
+    return torch.compile(attend, dynamic=False)
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """FlexAttention, compiled on a GPU; elsewhere its own plain version, which has no backward."""
-    run = _compiled_flex() if q.is_cuda else flex_attention
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # takes a second to import
+
+    run = _compiled(flex_attention) if q.is_cuda else flex_attention
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if mask is None:
         return run(q, k, v, scale=scale).transpose(1, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -118,6 +119,20 @@ def test_strides_do_not_matter() -> None:
     got = torch.autograd.grad(out, inputs, slope, retain_graph=True)
     for a, b in zip(got, torch.autograd.grad(out, inputs, slope.contiguous()), strict=True):
         assert torch.equal(a, b)
+
+
+def test_offsets_beyond_32_bits(tmp_path: Path) -> None:
+    """Strides below 2^31, offsets beyond, in a file that is all hole but for a few pages."""
+    storage = torch.from_file(str(tmp_path / "far"), shared=True, size=2**32 + 4096, dtype=torch.float16)
+    (tmp_path / "far").unlink()
+    far = storage.as_strided((3, 5, 1, 16), (2**30, 2**29 + 16, 16, 1)).copy_(torch.randn(3, 5, 1, 16))
+    near = far.clone()
+    results = []
+    for k in (near, far):
+        leaves = [tensor.detach().requires_grad_() for tensor in (near[:, :2].clone(), k, k)]
+        out = latent_attention(*leaves, backend="triton")
+        results.append([out, *torch.autograd.grad(out.float().sin().sum(), leaves)])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 @pytest.mark.usefixtures("_short_chunks")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,6 +54,23 @@ def test_strides_do_not_matter() -> None:
         q.contiguous(), k.contiguous(), v.contiguous(), images.contiguous(), mask=mask.contiguous(), backend="triton"
     )
     assert torch.equal(media_attention(q, k, v, images, mask=mask, backend="triton"), plain)
+
+
+def test_offsets_beyond_32_bits(tmp_path: Path) -> None:
+    """Strides below 2^31, offsets beyond, in a file that is all hole but for a few pages."""
+    storage = torch.from_file(str(tmp_path / "far"), shared=True, size=2**32 + 4096, dtype=torch.float16)
+    (tmp_path / "far").unlink()
+    far = storage.as_strided((2, 3, 5, 1, 16), (2**30, 2**30 + 64, 2**27 + 16, 16, 1)).copy_(
+        torch.randn(2, 3, 5, 1, 16)
+    )
+    near = far.clone()
+    images = torch.tensor([[0, 1, 2], [-1, 2, 2]])
+    results = []
+    for k in (near, far):
+        leaves = [tensor.detach().requires_grad_() for tensor in (near[:, 0, :3].clone(), k, k)]
+        out = media_attention(*leaves, images, backend="triton")
+        results.append([out, *torch.autograd.grad(out.float().sin().sum(), leaves)])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def test_the_operators_pass_pytorchs_checks() -> None:
