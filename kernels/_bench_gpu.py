@@ -231,11 +231,8 @@ def _attention(shape: Shape, mode: str, device: torch.device, roofs: dict[str, f
             ("forward", 1.0, moved, partial(_without_grad, run)),
             ("backward", 2.5, 2 * moved, backward),
         ):
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+            peak, kernel = _once(call, device)
             ms = _milliseconds(call, device)
-            peak = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else 0
             floor = max(traffic / roofs["bytes_per_s"], factor * work / roofs["flops_per_s"]) * 1e3
             rows.append(
                 row
@@ -247,10 +244,26 @@ def _attention(shape: Shape, mode: str, device: torch.device, roofs: dict[str, f
                     "TFLOP_per_s": factor * work / ms / 1e9,
                     "of_roofline": floor / ms,
                     "peak_MB": peak / 1e6,
+                    "kernel": kernel,
                     "error": error,
                 }
             )
     return rows
+
+
+def _once(call: Callable[[], Any], device: torch.device) -> tuple[int, str]:
+    """The most bytes that a call allocates, and the kernel that it spends most time in."""
+    if device.type != "cuda":
+        call()
+        return 0, ""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    kernels = sorted(profiler.key_averages(), key=lambda event: event.self_device_time_total)
+    return torch.cuda.max_memory_allocated() - before, kernels[-1].key[:80] if kernels else ""
 
 
 def _without_grad(run: Callable[[], Tensor]) -> Tensor:

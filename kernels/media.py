@@ -189,11 +189,11 @@ def forward_options(itemsize: int) -> dict[str, int]:
     return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
 
 
-def backward_options(dim: int, itemsize: int) -> dict[str, int]:
+def backward_options(itemsize: int) -> dict[str, int]:
     """The same of both backward kernels."""
     if itemsize > 2:
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2 if dim <= 64 else 1}
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1}
 
 
 def _common(
@@ -272,7 +272,7 @@ def media_attention_backward(
     batch, length, heads, _ = q.shape
     num_images, num_keys = k.shape[1:3]
     strides, constants = _common(q, k, v, mask, out, scale)
-    options = backward_options(q.shape[-1], q.itemsize)
+    options = backward_options(q.itemsize)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (k, v))
     inputs = q, k, v, image_of_token, q if mask is None else mask, out, lse, slope

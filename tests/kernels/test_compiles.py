@@ -80,8 +80,8 @@ def test_media_attention(capability: int, dtype: str, dim: int) -> None:
     constants["BLOCK_D"] = triton.next_power_of_2(dim)
     for kernel, options in (
         (media.forward_kernel, media.forward_options(SIZES[dtype])),
-        (media.backward_q_kernel, media.backward_options(dim, SIZES[dtype])),
-        (media.backward_kv_kernel, media.backward_options(dim, SIZES[dtype])),
+        (media.backward_q_kernel, media.backward_options(SIZES[dtype])),
+        (media.backward_kv_kernel, media.backward_options(SIZES[dtype])),
     ):
         tiles = {name: options[name] for name in ("BLOCK_M", "BLOCK_N")}
         warps, stages = options["num_warps"], options["num_stages"]
