@@ -19,7 +19,8 @@ class Compiled:
     """Counts in the machine code."""
 
     spills: int  # loads and stores of local memory
-    products: int  # of tensor cores
+    products: int  # of tensor cores, by the instructions of the newest that the capability has
+    old_products: int  # on Hopper by those of Ampere
     wide_loads: int  # of 16 bytes
     shared: int  # bytes
 
@@ -47,6 +48,7 @@ def compiled(
     return Compiled(
         len(re.findall(r"\b(?:LDL|STL)\b", code)),
         len(re.findall(r"\bHGMMA\b" if capability >= 90 else r"\bHMMA\b", code)),
+        len(re.findall(r"\bHMMA\b", code)) if capability >= 90 else 0,
         len(re.findall(r"\bLDG\S*\.128|LDGSTS\S*\.128", code)),
         binary.metadata.shared,
     )
