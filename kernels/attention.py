@@ -18,7 +18,9 @@ from vlmzoo.kernels.chunked import chunked_attention
 LONG_ON_CPU = {"lengths": 1024, "packed keys": 1024, "images": 256, "a second segment": 8192, "a mask": 8192}
 """How many keys of a sample make it no slower, on a CPU, to go through them in pieces than to mask and copy them."""
 LONG_ON_GPU = 2048
-"""Below so many keys a dense kernel's launch costs more than its work."""
+"""Below so many keys a dense kernel's launch costs more than its work. Counted, not measured yet."""
+FEW = 256
+"""Queries up to which Triton's backward reads the keys once or twice; more are SDPA's case, which multiplies faster."""
 MAX_TRITON_DIM = 128
 
 
@@ -51,6 +53,10 @@ class Call:
     scale: float
     image_of_token: Tensor | None
     return_lse: bool
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.q.is_cuda
 
     @property
     def num_keys(self) -> int:
@@ -196,7 +202,8 @@ def _choose(call: Call, backend: str) -> tuple[str, str]:
         "a mask": call.mask,
     }
     asked = next((name for name, value in extras.items() if value is not None), None)
-    if not BACKENDS["triton"].obstacle(call) and call.q.is_cuda:
+    few = call.q.shape[1] <= FEW or call.image_of_token is not None
+    if call.on_gpu and few and not BACKENDS["triton"].obstacle(call):
         if asked or call.return_lse:
             return "triton", f"with {asked or 'the log-sum-exp'} other kernels would copy or mask out keys"
         if call.num_keys >= LONG_ON_GPU:
@@ -264,7 +271,7 @@ def _no_lse(call: Call) -> str | None:
 
 
 def _flex_obstacle(call: Call) -> str | None:
-    if not call.q.is_cuda and any(tensor.requires_grad for tensor in (call.q, call.k, call.v)):
+    if not call.on_gpu and any(tensor.requires_grad for tensor in (call.q, call.k, call.v)):
         return f"it has no backward on {call.q.device.type}"
     return _no_lse(call)
 
@@ -272,15 +279,15 @@ def _flex_obstacle(call: Call) -> str | None:
 def _xformers_obstacle(call: Call) -> str | None:
     if not fused.has_xformers():
         return "xformers is not installed"
-    return _no_lse(call) if call.q.is_cuda else f"it needs a CUDA device, not {call.q.device.type}"
+    return _no_lse(call) if call.on_gpu else f"it needs a CUDA device, not {call.q.device.type}"
 
 
 def _pinned_obstacle(name: str) -> Callable[[Call], str | None]:
     def obstacle(call: Call) -> str | None:
-        if not call.q.is_cuda and name in ("sdpa-efficient", "sdpa-cudnn"):
+        if not call.on_gpu and name in ("sdpa-efficient", "sdpa-cudnn"):
             return f"it needs a CUDA device, not {call.q.device.type}"
-        masked = (call.mask, call.kv_lens, call.cu_seqlens_k, call.image_of_token) != (None, None, None, None)
-        if call.q.is_cuda and name == "sdpa-flash" and masked:
+        masks = (call.mask, call.kv_lens, call.cu_seqlens_k, call.image_of_token)
+        if call.on_gpu and name == "sdpa-flash" and any(mask is not None for mask in masks):
             return "it takes neither a mask nor lengths"
         return _no_lse(call)
 
@@ -302,7 +309,7 @@ def _triton_obstacle(call: Call) -> str | None:
         return obstacle
     if call.q.shape[-1] > MAX_TRITON_DIM:
         return f"its heads have at most {MAX_TRITON_DIM} dimensions, not {call.q.shape[-1]}"
-    if call.q.dtype == torch.float64 and call.q.is_cuda:
+    if call.q.dtype == torch.float64 and call.on_gpu:
         return "it has no float64 on a GPU"
     if call.mask is not None and call.image_of_token is None and call.mask.shape[1:3] != (1, 1):
         return "its mask is one of keys alone, the same for all heads and queries"

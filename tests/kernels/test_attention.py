@@ -107,6 +107,21 @@ def test_auto_goes_through_long_keys_in_pieces() -> None:
     assert any(line.startswith("triton: triton needs a CUDA device, not cpu") for line in lines)
 
 
+def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it would choose there: of a device nothing but its type is asked."""
+    monkeypatch.setattr(attention._device, "obstacle", lambda device: None)
+    monkeypatch.setattr(attention.Call, "on_gpu", True)
+
+    def chosen(num_queries: int, num_keys: int, num_latents: int = 0) -> str:
+        return explain_backend(**tensors(num_queries, num_keys, num_latents, torch.float32)).splitlines()[0]
+
+    assert chosen(64, 100, 4) == "triton: with a second segment other kernels would copy or mask out keys"
+    assert chosen(64, 2048) == "triton: few queries over at least 2048 keys"
+    assert chosen(64, 2047).startswith("sdpa: ")
+    assert chosen(257, 2048).startswith("sdpa: ")
+    assert explain_backend(**text_and_images(300, 2, 5, torch.float32)).startswith("triton: with images")
+
+
 @pytest.mark.parametrize("num_keys", [1023, 1024])
 def test_auto_is_right_on_both_sides_of_its_rule(num_keys: int) -> None:
     check(tensors(9, num_keys, 5, kv_lens=torch.tensor([num_keys, 0, 64])), "auto")
