@@ -389,7 +389,7 @@ def table(result: dict[str, Any]) -> str:
 def plot(result: dict[str, Any]) -> str:
     """An SVG of bars: how many times as fast as the best other way each of ours is."""
     rows = [row for row in result["rows"] if "ratio_to_best_peer" in row]
-    width, left, line = 860, 430, 18
+    width, left, line = 950, 520, 18
     card = result["card"].get("name", "a CPU")
     scale = (width - left - 60) / max([2.0, *(row["ratio_to_best_peer"] for row in rows)])
     height = 56 + line * len(rows)
