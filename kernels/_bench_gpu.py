@@ -91,13 +91,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """
     device = torch.device(options.device)
     began = time.monotonic()
-    shapes = options.shapes or shard(options.shard)
     roofs = _roofs(device)
     rows: list[dict[str, Any]] = []
     left: list[str] = []
-    for number, shape in enumerate(shapes):
+    for number, shape in enumerate(options.shapes):
         if time.monotonic() - began > options.seconds:
-            left = [str(shape) for shape in shapes[number:]]
+            left = [str(shape) for shape in options.shapes[number:]]
             break
         for mode in MODES:
             rows += _attention(shape, mode, device, roofs)

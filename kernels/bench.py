@@ -17,11 +17,16 @@ from typing import Any
 
 import torch
 
+from vlmzoo.cli import Parser
 from vlmzoo.kernels import _bench_cpu, _bench_gpu
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
+    try:
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.gpu:
@@ -51,11 +56,7 @@ def on_gpu(options: argparse.Namespace) -> int:
         text = json.dumps(cards | {name: _bench_gpu.tune(torch.device(options.device))}, indent=1) + "\n"
         for target in (path, options.out / "tuned.json"):
             target.write_text(text)
-    try:
-        result = _bench_gpu.measure(options)
-    except ValueError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
+    result = _bench_gpu.measure(options)
     (options.out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
     (options.out / "README.md").write_text(_bench_gpu.table(result))
     (options.out / "ratios.svg").write_text(_bench_gpu.plot(result))
@@ -63,8 +64,11 @@ def on_gpu(options: argparse.Namespace) -> int:
     return 0
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Raises:
+    ValueError: anything that the command does not take.
+    """
+    parser = Parser(
         prog="python -m vlmzoo.kernels.bench",
         description="Time and memory of a resampler's training step, and of attention, on this machine's CPU; or with "
         "--gpu of the kernels on its GPU.",
@@ -96,7 +100,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("threads", 0, "threads of PyTorch; 0: as many as it takes by itself"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{says} (default: {default})")
-    options = parser.parse_args(arguments)
+    options = parser.parse(arguments)
+    options.shapes = options.shapes or _bench_gpu.shard(options.shard)
     if options.tune and options.device != "cuda":
         parser.error("--tune needs --device cuda")
     for name in ("tokens", "dim", "layers", "latents", "rounds"):

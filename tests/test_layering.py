@@ -19,9 +19,9 @@ LAYERS = [
     {"samples"},
     {"training", "evaluation", "conformance"},
     {"sweeps"},
-    {"commands", "bench"},
+    {"commands"},
     {"cli"},
-    {"__main__"},
+    {"__main__", "bench"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 ALLOWED_SIDEWAYS = {("connectors", "kernels")}
