@@ -10,7 +10,7 @@ help:
 	@echo "make test-zoo    of these, connectors and imported models alone"
 	@echo "make test-timm   of these, those that need timm"
 	@echo "make test-kernels  the kernels at every size, under Triton's interpreter and compiled for two GPUs (four minutes)"
-	@echo "make bench       the kernels' time and memory against their peers, on this machine (a quarter of an hour on two cores)"
+	@echo "make bench       the kernels' time and memory against their peers, on this machine (eight minutes on two cores)"
 	@echo "make gpu         the kernels on this machine's GPU: tests, the fastest tiles, and a table (nine minutes)"
 	@echo "make docs        docs/connectors.md and docs/parity.md, from what the code does"
 

@@ -150,6 +150,21 @@ def test_a_wrong_backend_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path:
         bench.main(["--gpu", "--device", "cpu", "--shapes", "1,3,40,64", "--out", str(tmp_path)])
 
 
+def test_our_own_kernels_may_not_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer's refusal is a row; ours ends the run."""
+
+    def refuses(*_: Any) -> Any:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(attention, "chunked_attention", refuses)
+    shape, roofs = _bench_gpu.Shape(1, 3, 40, 64), {"bytes_per_s": 1e9, "flops_per_s": 1e9}
+    rows = _bench_gpu._attention(shape, "padded", torch.device("cpu"), roofs)
+    assert [row["refused"] for row in rows if row["case"] == "chunked"] == ["no kernel image"]
+    monkeypatch.setattr(_bench_gpu, "OURS", "chunked")
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        _bench_gpu._attention(shape, "padded", torch.device("cpu"), roofs)
+
+
 def test_shards_are_all_other_shapes() -> None:
     everything = [shape for part in range(5) for shape in _bench_gpu.shard(f"{part}/5")]
     assert len(_bench_gpu.CORE) == len(set(_bench_gpu.CORE)) == 16
@@ -160,8 +175,8 @@ def test_shards_are_all_other_shapes() -> None:
             _bench_gpu.shard(text)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a CUDA device")
-def test_without_a_gpu_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench.main(["--gpu"]) == 2
     assert capsys.readouterr().err == "bench: --gpu needs a CUDA device, and PyTorch sees none here\n"
 
