@@ -403,15 +403,25 @@ def latent_attention(
         sums = torch.empty(splits, *lse.shape, dtype=lse.dtype, device=q.device)
         where = (heads * num_queries * dim, dim, num_queries * dim, parts.stride(0), sums.stride(0))
     tiles = triton.cdiv(num_queries, blocks.queries)
-    forward_kernel[batch * heads, splits, tiles](
-        q, k, v, q if k2 is None else k2, q if v2 is None else v2, kv_lens, cu_seqlens_k, q if mask is None else mask,
-        parts, sums, *_strides(q), *_strides(k), *_strides(v), *_strides(k2), *_strides(v2),
-        *((0, 0) if mask is None else mask.stride()), *where, *sizes, BLOCK_M=blocks.queries, **scoring,
-    )  # fmt: skip
-    if splits > 1:
-        combine_kernel[batch * heads, tiles](
-            parts, sums, out, lse, kv_lens, cu_seqlens_k, *sizes[:3], *_strides(out), BLOCK_M=blocks.queries, **every
-        )
+    with torch.cuda.device_of(q):
+        forward_kernel[batch * heads, splits, tiles](
+            q, k, v, q if k2 is None else k2, q if v2 is None else v2, kv_lens, cu_seqlens_k,
+            q if mask is None else mask, parts, sums, *_strides(q), *_strides(k), *_strides(v), *_strides(k2), *_strides(v2),
+            *((0, 0) if mask is None else mask.stride()), *where, *sizes, BLOCK_M=blocks.queries, **scoring,
+        )  # fmt: skip
+        if splits > 1:
+            combine_kernel[batch * heads, tiles](
+                parts,
+                sums,
+                out,
+                lse,
+                kv_lens,
+                cu_seqlens_k,
+                *sizes[:3],
+                *_strides(out),
+                BLOCK_M=blocks.queries,
+                **every,
+            )
     return out, lse
 
 
@@ -464,23 +474,24 @@ def latent_attention_backward(
     dk2, dv2 = (q.new_empty(0 if k2 is None else k2.shape) for _ in range(2))
     if slope_lse is not None:
         slope_lse = slope_lse.contiguous()
-    for first in range(0, num_queries, blocks.queries):
-        rows = slice(first, min(first + blocks.queries, num_queries))
-        count = rows.stop - rows.start
-        parts = torch.empty(splits, batch, heads, count, dim, dtype=lse.dtype, device=q.device)
-        backward_kernel[batch * heads, splits](
-            q[:, rows], k, v, q if k2 is None else k2, q if v2 is None else v2, kv_lens, cu_seqlens_k,
-            q if mask is None else mask, out[:, rows], lse[..., rows], slope[:, rows],
-            lse if slope_lse is None else slope_lse[..., rows], parts, dk, dv, dk2, dv2,
-            *_strides(q), *_strides(k), *_strides(v), *_strides(k2), *_strides(v2),
-            *((0, 0) if mask is None else mask.stride()), *_strides(out), *_strides(slope), num_queries, num_queries,
-            *_strides(dk), *_strides(None if k2 is None else dk2), heads, count, *sizes[2:],
-            HAS_SLOPE_LSE=slope_lse is not None, MORE=first > 0, BLOCK_M=blocks.queries, **scoring,
-        )  # fmt: skip
-        add_kernel[batch * heads, 1](
-            parts, dq[:, rows], kv_lens, cu_seqlens_k, heads, count, sizes[2], *_strides(dq),
-            BLOCK_M=blocks.queries, **every,
-        )  # fmt: skip
+    with torch.cuda.device_of(q):
+        for first in range(0, num_queries, blocks.queries):
+            rows = slice(first, min(first + blocks.queries, num_queries))
+            count = rows.stop - rows.start
+            parts = torch.empty(splits, batch, heads, count, dim, dtype=lse.dtype, device=q.device)
+            backward_kernel[batch * heads, splits](
+                q[:, rows], k, v, q if k2 is None else k2, q if v2 is None else v2, kv_lens, cu_seqlens_k,
+                q if mask is None else mask, out[:, rows], lse[..., rows], slope[:, rows],
+                lse if slope_lse is None else slope_lse[..., rows], parts, dk, dv, dk2, dv2,
+                *_strides(q), *_strides(k), *_strides(v), *_strides(k2), *_strides(v2),
+                *((0, 0) if mask is None else mask.stride()), *_strides(out), *_strides(slope),
+                num_queries, num_queries, *_strides(dk), *_strides(None if k2 is None else dk2), heads, count, *sizes[2:],
+                HAS_SLOPE_LSE=slope_lse is not None, MORE=first > 0, BLOCK_M=blocks.queries, **scoring,
+            )  # fmt: skip
+            add_kernel[batch * heads, 1](
+                parts, dq[:, rows], kv_lens, cu_seqlens_k, heads, count, sizes[2], *_strides(dq),
+                BLOCK_M=blocks.queries, **every,
+            )  # fmt: skip
     return dq, dk, dv, dk2, dv2
 
 

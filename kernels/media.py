@@ -233,10 +233,11 @@ def media_attention(
     lse = torch.empty(batch, heads, length, dtype=accumulator(q), device=q.device)
     strides, constants = _common(q, k, v, mask, out, scale)
     options = forward_options(q.itemsize)
-    forward_kernel[batch * heads, triton.cdiv(length, options["BLOCK_M"])](
-        q, k, v, image_of_token, q if mask is None else mask, out, lse, *strides, heads, length, *k.shape[1:3],
-        **constants, **options,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        forward_kernel[batch * heads, triton.cdiv(length, options["BLOCK_M"])](
+            q, k, v, image_of_token, q if mask is None else mask, out, lse, *strides, heads, length, *k.shape[1:3],
+            **constants, **options,
+        )  # fmt: skip
     return out, lse
 
 
@@ -277,16 +278,17 @@ def media_attention_backward(
     dk, dv = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (k, v))
     inputs = q, k, v, image_of_token, q if mask is None else mask, out, lse, slope
     sizes = heads, length, num_images, num_keys
-    backward_q_kernel[batch * heads, triton.cdiv(length, options["BLOCK_M"])](
-        *inputs, dq, *strides, *slope.stride()[:3], *sizes, **constants, **options
-    )
-    tokens = torch.arange(length, device=q.device)
-    reads = image_of_token[:, None] == torch.arange(num_images, device=q.device)[:, None]
-    first = tokens.where(reads, length).amin(-1) if length else reads.new_zeros(reads.shape[:2])
-    span = torch.stack([first, (tokens + 1).where(reads, 0).amax(-1)], -1).to(torch.int32)
-    backward_kv_kernel[batch * num_images, heads, triton.cdiv(num_keys, options["BLOCK_N"])](
-        *inputs, span, dk, dv, *strides, *slope.stride()[:3], *dk.stride()[1:4], *sizes, **constants, **options
-    )
+    with torch.cuda.device_of(q):
+        backward_q_kernel[batch * heads, triton.cdiv(length, options["BLOCK_M"])](
+            *inputs, dq, *strides, *slope.stride()[:3], *sizes, **constants, **options
+        )
+        tokens = torch.arange(length, device=q.device)
+        reads = image_of_token[:, None] == torch.arange(num_images, device=q.device)[:, None]
+        first = tokens.where(reads, length).amin(-1) if length else reads.new_zeros(reads.shape[:2])
+        span = torch.stack([first, (tokens + 1).where(reads, 0).amax(-1)], -1).to(torch.int32)
+        backward_kv_kernel[batch * num_images, heads, triton.cdiv(num_keys, options["BLOCK_N"])](
+            *inputs, span, dk, dv, *strides, *slope.stride()[:3], *dk.stride()[1:4], *sizes, **constants, **options
+        )
     return dq, dk, dv
 
 
