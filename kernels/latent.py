@@ -406,22 +406,15 @@ def latent_attention(
     with torch.cuda.device_of(q):
         forward_kernel[batch * heads, splits, tiles](
             q, k, v, q if k2 is None else k2, q if v2 is None else v2, kv_lens, cu_seqlens_k,
-            q if mask is None else mask, parts, sums, *_strides(q), *_strides(k), *_strides(v), *_strides(k2), *_strides(v2),
+            q if mask is None else mask, parts, sums,
+            *_strides(q), *_strides(k), *_strides(v), *_strides(k2), *_strides(v2),
             *((0, 0) if mask is None else mask.stride()), *where, *sizes, BLOCK_M=blocks.queries, **scoring,
         )  # fmt: skip
         if splits > 1:
             combine_kernel[batch * heads, tiles](
-                parts,
-                sums,
-                out,
-                lse,
-                kv_lens,
-                cu_seqlens_k,
-                *sizes[:3],
-                *_strides(out),
-                BLOCK_M=blocks.queries,
-                **every,
-            )
+                parts, sums, out, lse, kv_lens, cu_seqlens_k, *sizes[:3], *_strides(out),
+                BLOCK_M=blocks.queries, **every,
+            )  # fmt: skip
     return out, lse
 
 
@@ -485,7 +478,8 @@ def latent_attention_backward(
                 lse if slope_lse is None else slope_lse[..., rows], parts, dk, dv, dk2, dv2,
                 *_strides(q), *_strides(k), *_strides(v), *_strides(k2), *_strides(v2),
                 *((0, 0) if mask is None else mask.stride()), *_strides(out), *_strides(slope),
-                num_queries, num_queries, *_strides(dk), *_strides(None if k2 is None else dk2), heads, count, *sizes[2:],
+                num_queries, num_queries, *_strides(dk), *_strides(None if k2 is None else dk2),
+                heads, count, *sizes[2:],
                 HAS_SLOPE_LSE=slope_lse is not None, MORE=first > 0, BLOCK_M=blocks.queries, **scoring,
             )  # fmt: skip
             add_kernel[batch * heads, 1](
