@@ -20,6 +20,7 @@ from vlmzoo.registry import unknown
 T = TypeVar("T")
 
 Part = Literal["vision", "connector", "language"]
+Parallel = Literal["ddp", "fsdp2", "zero2", "zero3"]
 Sight = Literal["image", "nothing", "description"]
 Baseline = Literal["blind", "oracle"]
 SIGHT: dict[Baseline, Sight] = {"blind": "nothing", "oracle": "description"}
@@ -28,6 +29,10 @@ SIGHT: dict[Baseline, Sight] = {"blind": "nothing", "oracle": "description"}
 def at_least(least: float, *, below: float = math.inf) -> dict[str, float]:
     """A field's metadata: numbers (in a list, tuple or mapping, each) are refused unless least <= number < below."""
     return {"least": least, "below": below}
+
+
+ADDED = {"added": True}
+"""Metadata of a field that came after runs were published: at its default it is no part of their hash."""
 
 
 class Template(StrEnum):
@@ -92,6 +97,8 @@ class StageConfig:
     betas: tuple[float, float] = field(default=(0.9, 0.999), metadata=at_least(0, below=1))
     clip: float | None = field(default=1.0, metadata=at_least(0))  # largest gradient norm
     gradient_checkpointing: bool = False
+    packing: bool = field(default=False, metadata=ADDED)  # the LLM computes no padding; samples see only themselves
+    group_by: Literal["length", "modality_length"] | None = field(default=None, metadata=ADDED)  # into equal batches
 
 
 @dataclass
@@ -125,6 +132,7 @@ class RunConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     checkpoint_every: int = field(default=200, metadata=at_least(1))  # steps
     threads: int | None = field(default=None, metadata=at_least(1))  # CPU threads; None: torch's choice
+    parallel: Parallel = field(default="ddp", metadata=ADDED)  # how several processes share the work
 
 
 @dataclass
@@ -248,7 +256,8 @@ def _parse_dataclass(kind: Any, value: Any, where: str) -> Any:
         if required and key not in given:
             raise ValueError(f"key {_join(where, key)!r} is missing; {kind.__name__} needs it")
     for key, value in given.items():
-        if limits := fields[key].metadata:
+        limits = fields[key].metadata
+        if "least" in limits:
             _check_limits(value, limits["least"], limits["below"], _join(where, key))
     return kind(**given)
 
@@ -385,5 +394,20 @@ def dump(config: Any) -> str:
 
 def config_hash(config: Any) -> str:
     """Twelve hexadecimal digits that change with any value of the configuration."""
-    text = json.dumps(to_dict(config), sort_keys=True)
+    text = json.dumps(_hashed(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _hashed(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        given = {item: getattr(value, item.name) for item in dataclasses.fields(value)}
+        return {
+            item.name: _hashed(held)
+            for item, held in given.items()
+            if not (item.metadata.get("added") and held == item.default)
+        }
+    if isinstance(value, Mapping):
+        return {key: _hashed(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_hashed(item) for item in value]
+    return value
