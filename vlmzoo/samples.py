@@ -15,6 +15,7 @@ from vlmzoo import build
 from vlmzoo.config import DataConfig, Sight
 from vlmzoo.data.collate import collate
 from vlmzoo.data.images import load_image
+from vlmzoo.data.layout import BatchLayout
 from vlmzoo.data.records import Record, RecordError, read_records
 from vlmzoo.data.samples import Sample
 from vlmzoo.data.token_cache import TokenCache
@@ -98,6 +99,8 @@ class SampleSet:
             key: value.to(device)
             for key, value in collate(samples, pad_token_id=pad, padding_side=padding_side).items()
         }
+        if padding_side == "right":
+            batch["layout"] = BatchLayout.of_samples(samples, self._model.config.image_token_id)
         images = [path for sample in samples for path in sample.images]
         if images and self._features is not None:
             batch["image_features"] = self._features.batch(images)
