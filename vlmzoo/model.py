@@ -258,6 +258,46 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the slots of a sample are not those that its images need.
         """
+        if num_slots is None:
+            num_slots = (input_ids == self.config.image_token_id).sum(1).tolist()
+        visual = self._visual_input(
+            input_ids.device,
+            pixel_values,
+            image_features,
+            num_crops=num_crops,
+            crop_sizes=crop_sizes,
+            tilings=tilings,
+            image_sizes=image_sizes,
+            token_budget=token_budget,
+            instruction_ids=instruction_ids,
+            instruction_mask=instruction_mask,
+        )
+        slots = [self.connector.num_tokens(layout) for layout in visual.layouts]
+        samples = assign_images(slots, num_slots)
+        visual.sample_of_image = torch.tensor(
+            [sample for sample, images in enumerate(samples) for _ in images], device=input_ids.device
+        )
+        context = arrange(self.connector(visual), samples, slots)
+        if has_axes(self.language.config):
+            grids = [token_grids(self.connector, layout) for layout in visual.layouts]
+            by_sample = [[grid for image in images for grid in grids[image]] for images in samples]
+            context.offsets = grid_offsets(by_sample).to(input_ids.device)
+        return context
+
+    def _visual_input(
+        self,
+        device: torch.device,
+        pixel_values: Tensor | None,
+        image_features: Sequence[FeatureMap] | None = None,
+        *,
+        num_crops: Tensor | None = None,
+        crop_sizes: Tensor | None = None,
+        tilings: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        token_budget: Tensor | None = None,
+        instruction_ids: Tensor | None = None,
+        instruction_mask: Tensor | None = None,
+    ) -> VisualInput:
         request = self.connector.requires
         if image_features is None:
             assert pixel_values is not None
@@ -279,27 +319,20 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             if instruction_ids is None or instruction_mask is None:
                 raise ValueError(f"connector {self.config.connector!r} reads the instruction: pass instruction_ids")
             instruction = Instruction(instruction_ids, instruction_mask.bool())
-        slots = [self.connector.num_tokens(layout) for layout in layouts]
-        if num_slots is None:
-            num_slots = (input_ids == self.config.image_token_id).sum(1).tolist()
-        samples = assign_images(slots, num_slots)
-        device = input_ids.device
         dtype = self.connector_dtype
-        visual = VisualInput(
+        return VisualInput(
             maps=tuple(_cast(features, dtype, device) for features in image_features),
             image_of_crop=torch.repeat_interleave(torch.arange(len(crops)), torch.tensor(crops)).to(device),
-            sample_of_image=torch.tensor(
-                [sample for sample, images in enumerate(samples) for _ in images], device=device
-            ),
+            sample_of_image=torch.zeros(len(crops), dtype=torch.long, device=device),
             layouts=tuple(layouts),
             instruction=instruction,
         )
-        context = arrange(self.connector(visual), samples, slots)
-        if has_axes(self.language.config):
-            grids = [token_grids(self.connector, layout) for layout in layouts]
-            by_sample = [[grid for image in images for grid in grids[image]] for images in samples]
-            context.offsets = grid_offsets(by_sample).to(device)
-        return context
+
+    def _nothing_of(self, images: dict[str, Any], device: torch.device) -> Tensor:
+        """0, computed from images through encoder and connector."""
+        found = self.connector(self._visual_input(device, images.pop("pixel_values", None), **images))
+        values = [found.tokens, *found.additions.values(), *([] if found.memory is None else [found.memory])]
+        return sum((0.0 * value.sum() for value in values), start=torch.zeros((), device=device))
 
     def take_images(self, kwargs: dict[str, Any], pixel_values: Tensor | None, input_ids: Tensor) -> dict[str, Any]:
         """The inputs of the images of a prompt, taken out of a call's keywords; none where no image is passed."""
@@ -323,6 +356,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         blocks: Tensor | None = None,
         layout: BatchLayout | None = None,
         packing: bool = False,
+        idle_images: dict[str, Any] | None = None,
         num_items_in_batch: int | Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         use_cache: bool | None = None,
@@ -338,6 +372,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
                 supervised positions, sample after sample.
             blocks: (batch, length), tokens of one block see one another, -1: none; instead of `config.bidirectional`.
             layout: of this batch, where it is known on the host, so that nothing waits for the device.
+            idle_images: what `encode_images` takes for images that no sample sees: where a batch has none, so that
+                processes that share a step run the same modules.
             packing: the LLM computes no padding (`vlmzoo.language.packing.packs` prepares it).
 
         Raises:
@@ -352,6 +388,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         is_image = input_ids == self.config.image_token_id
         embeds = self.language.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        if idle_images is not None:
+            embeds = embeds + self._nothing_of(dict(idle_images), embeds.device).to(embeds.dtype)
         padded_right, visible = layout is not None and layout.lengths is not None, None
         if visual is None:
             if any(layout.slots) if layout else is_image.any():
