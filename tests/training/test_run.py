@@ -30,9 +30,9 @@ from vlmzoo.model import VisionLanguageModel
 from vlmzoo.samples import SampleSet
 from vlmzoo.sweeps.trial import new_model, run_trial
 from vlmzoo.training import run as loop
-from vlmzoo.training.run import flop_counter
 from vlmzoo.training.engines import Engine
 from vlmzoo.training.processes import Processes
+from vlmzoo.training.run import flop_counter
 from vlmzoo.training.stages import freeze, rate
 
 Train = Callable[..., Trained]
