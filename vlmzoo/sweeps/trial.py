@@ -24,6 +24,8 @@ from vlmzoo.samples import SampleSet
 from vlmzoo.sweeps.manifest import manifest
 from vlmzoo.sweeps.metrics import read_metrics
 from vlmzoo.sweeps.plan import read_result
+from vlmzoo.training import adapters
+from vlmzoo.training.check import check
 from vlmzoo.training.run import moves_vision, train
 from vlmzoo.training.stages import num_steps
 
@@ -47,6 +49,7 @@ def run_trial(run: RunConfig, out: Path, cache: Path | None = None) -> dict[str,
         refuse_other_run(run, out)
         if (done := read_result(out, key)) is not None:
             return done
+        check(run)
         write_whole(out / "config.yaml", dump(run))
         write_json(out / "manifest.json", manifest(run))
         earlier = sum(step["seconds"] for step in read_metrics(out / "metrics.jsonl"))  # of a process that was stopped
@@ -54,6 +57,7 @@ def run_trial(run: RunConfig, out: Path, cache: Path | None = None) -> dict[str,
         model, processor = new_model(run)
         check_data(run, model, processor)
         training = train(model, processor, run, out, cache)
+        adapters.finish(model.language, run, out / "adapter")
         to_dtype(model, getattr(torch, run.dtype))
         cache = None if moves_vision(run, len(run.stages) - 1) else cache
         evaluation, shuffled = {}, {}

@@ -21,10 +21,10 @@ from vlmzoo.data.samples import IGNORE
 from vlmzoo.model import VisionLanguageModel
 from vlmzoo.processor import VisionLanguageProcessor
 from vlmzoo.samples import SampleSet
-from vlmzoo.training import checkpoint
+from vlmzoo.training import adapters, checkpoint
 from vlmzoo.training.checkpoint import Progress
 from vlmzoo.training.log import Log
-from vlmzoo.training.stages import num_steps, prepare, rate
+from vlmzoo.training.stages import num_steps, prepare, rate, trains
 
 
 @dataclass(frozen=True)
@@ -50,19 +50,21 @@ def train(
     position, weights, state = checkpoint.load(folder, key) or (Progress(), {}, None)
     log = Log(out / "metrics.jsonl", position.total)
     trainable: dict[str, int] = {}
+    stages = list(run.stages.values())
     for index, (name, stage) in enumerate(run.stages.items()):
         moving = moves_vision(run, index)
         data = SampleSet(model, processor, stage.data, cache, run.sees, encoder_moves=moving)
         total = num_steps(stage, len(data))
         if total == 0:
             continue
+        adapters.enter(model.language, stage, stages[:index], run.seed.init)
         optimizer = prepare(model, stage)
         trainable[name] = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+        if weights and index == (position.stage if position.step else position.stage - 1):
+            checkpoint.restore(model, weights)  # before a later stage merges the adapters among them
+            weights = {}
         if index < position.stage:
             continue
-        if weights:
-            checkpoint.restore(model, weights)
-            weights = {}
         start = position.step if index == position.stage else 0
         if start and state is not None:
             optimizer.load_state_dict(state)
@@ -100,8 +102,6 @@ def train(
                     checkpoint.save(folder, position, key, trained_weights(model, run, index), optimizer)
                 if interrupted.is_set():
                     raise KeyboardInterrupt
-    if weights:
-        checkpoint.restore(model, weights)  # every stage lies behind
     log.close()
     model.eval().requires_grad_(False)
     return TrainingResult(log.samples_per_second, log.final_loss(), trainable, log.flops)
@@ -151,10 +151,18 @@ def moves_vision(run: RunConfig, index: int) -> bool:
 
 def trained_weights(model: nn.Module, run: RunConfig, index: int) -> dict[str, Tensor]:
     """All weights that differ from the run's sources at the end of a stage; tied ones once."""
-    parts = {part for stage in list(run.stages.values())[: index + 1] for part in stage.lr}
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    stages = list(run.stages.values())[: index + 1]
+    parts = {part for stage in stages for part in stage.lr}
+    merged = adapters.merged(stages)
     kept = set(model.state_dict())
-    return {name: value for name, value in named.items() if name.split(".")[0] in parts and name in kept}
+
+    def moved(name: str) -> bool:
+        own = name.replace(adapters.BASE, "")
+        return any(trains(stage, own) for stage in stages) or (merged and own.startswith("language."))
+
+    weights = {name: value for name, value in model.named_parameters() if moved(name)}
+    buffers = {name: value for name, value in model.named_buffers() if name.split(".")[0] in parts and name in kept}
+    return weights | buffers
 
 
 def flop_counter() -> FlopCounterMode:
@@ -166,7 +174,7 @@ def flop_counter() -> FlopCounterMode:
             lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
         ),
     }
-    return FlopCounterMode(display=False, custom_mapping=on_cpu)
+    return FlopCounterMode(display=False, custom_mapping=on_cpu | adapters.flop_formulas())
 
 
 @contextmanager
