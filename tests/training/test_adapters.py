@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -342,6 +343,8 @@ def test_a_quantized_run_leaves_the_same_two(kind: str, values: dict[str, Any], 
     values = staged(values, "adapt")
     values["stages"]["adapt"]["lora"] = {**LORA, "quantize": kind}
     run_trial(parse(RunConfig, values), tmp_path)
+    versions = json.loads((tmp_path / "manifest.json").read_text())["versions"]
+    assert {"peft", "bitsandbytes"} <= set(versions)
     model = VisionLanguageModel.from_pretrained(tmp_path / "model")
     plain = AutoModelForCausalLM.from_pretrained(folder / "llama")
     own = {name: value.clone() for name, value in plain.state_dict().items()}
