@@ -130,7 +130,8 @@ def _quantize(language: PreTrainedModel, kind: str) -> None:
             layer = bnb.nn.Linear8bitLt(
                 plain.in_features, plain.out_features, has_fp16_weights=False, threshold=6.0, **shape
             )
-            layer.weight = bnb.nn.Int8Params(plain.weight.data, requires_grad=False, has_fp16_weights=False)
+            weight = plain.weight.data.cpu()  # what comes from elsewhere it would leave as it is
+            layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
         layer.bias = plain.bias
         language.set_submodule(name, layer.to(plain.weight.device))  # where it is quantized
 
