@@ -238,8 +238,8 @@ STAGES = {
     "align": {"lr": {"connector": 1e-3}},
     "adapt": {"lr": {"connector": 1e-3, "language": 1e-2}, "lora": LORA},
     "more": {"lr": {"connector": 1e-4, "language": 1e-3}, "lora": LORA},
+    "other": {"lr": {"language": 1e-3}, "lora": {**LORA, "targets": ["q_proj"]}},
     "full": {"lr": {"connector": 1e-4, "language": 1e-4, "vision": 1e-3}, "only": {"vision": ["*layers.1.*"]}},
-    "last": {"lr": {"language": 1e-3}, "lora": {**LORA, "targets": ["q_proj"]}},
 }
 
 
@@ -254,7 +254,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("straight")
 
 
-@pytest.mark.parametrize("number", [2, 3, 4, 6, 7, 8, 9])
+@pytest.mark.parametrize("number", [2, 3, 6, 7, 8, 9])
 def test_stopped_anywhere_it_ends_the_same(
     number: int,
     values: dict[str, Any],
@@ -263,7 +263,7 @@ def test_stopped_anywhere_it_ends_the_same(
     train_in: Train,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Between stages and within them: adapters new, kept on, merged, and new again on what was merged."""
+    """Between stages and within them: adapters new, kept on, merged with others put in, and merged for good."""
     values = staged(values, *STAGES)
     expected, _ = train_in(values, straight)
     with monkeypatch.context() as patched:
@@ -307,8 +307,7 @@ def test_checkpoints_hold_what_differs(
         names = set(load_file(tmp_path / "checkpoints" / f"{number:08}" / "model.safetensors"))
         held.append({"adapters" if ".lora_" in name else name.split(".")[0] for name in names})
     trained = {"connector", "adapters"}
-    parts = {"connector", "language", "vision"}
-    assert held == [{"connector"}, trained, trained, parts, parts | trained]
+    assert held == [{"connector"}, trained, trained, {*trained, "language"}, {"connector", "language", "vision"}]
     assert all("layers.1." in name for name in names if name.startswith("vision."))
 
 
