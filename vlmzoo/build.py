@@ -179,17 +179,25 @@ def text_spec(config: PreTrainedConfig) -> TextSpec:
     )
 
 
-def vision(config: EncoderConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The vision tower: pretrained by name, or random from a configuration and a seed. Names joined by `+` are one."""
+def vision(
+    config: EncoderConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32, weights: bool = True
+) -> PreTrainedModel:
+    """The vision tower: pretrained by name, or random from a configuration and a seed. Names joined by `+` are one.
+
+    Args:
+        weights: False: none are read, and they are random.
+    """
     if config.config is not None:
         return _random(new_tower, config.config, "encoder", seed, dtype)
     if len(parts := _several(config)) > 1:
         return SeveralTowers.of(
-            [vision(part, dtype=dtype) for part in parts], [image_processor(part) for part in parts]
+            [vision(part, dtype=dtype, weights=weights) for part in parts], [image_processor(part) for part in parts]
         )
     source = _source(config.name, "encoder")
     whole = read(AutoConfig.from_pretrained, source, "encoder")
     part = getattr(whole, "vision_config", whole)
+    if not weights:
+        return new_tower(part, dtype=dtype)
     return _pretrained(tower(part).model, source, part, "encoder", dtype)
 
 
@@ -205,13 +213,17 @@ def new_tower(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
     return tower(config).model._from_config(config, **options)
 
 
-def language(config: LLMConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The causal LM: pretrained by name, or random from a configuration and a seed."""
+def language(
+    config: LLMConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32, weights: bool = True
+) -> PreTrainedModel:
+    """The causal LM: pretrained by name, or random from a configuration and a seed; `weights` as for `vision`."""
     options = {} if config.attention is None else {"attn_implementation": config.attention}
     if config.config is not None:
         return _random(AutoModelForCausalLM.from_config, config.config, "llm", seed, dtype, **options)
     source = _source(config.name, "llm")
     parts = read(AutoConfig.from_pretrained, source, "llm")
+    if not weights:
+        return AutoModelForCausalLM.from_config(parts, dtype=dtype, **options)
     return _pretrained(AutoModelForCausalLM, source, parts, "llm", dtype, **options)
 
 

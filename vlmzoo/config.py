@@ -82,6 +82,20 @@ class DataConfig:
 
 
 @dataclass
+class LoRAConfig:
+    """Low-rank adapters beside the LLM's frozen weights, trained at the stage's rate for `language`.
+
+    The defaults are LLaVA-1.5's (github.com/haotian-liu/LLaVA, scripts/v1_5/finetune_lora.sh).
+    """
+
+    rank: int = field(default=128, metadata=at_least(1))
+    alpha: float = field(default=256, metadata=at_least(0))  # the update is scaled by alpha / rank
+    dropout: float = field(default=0.05, metadata=at_least(0, below=1))
+    targets: list[str] | Literal["all-linear"] = "all-linear"  # patterns; or all linear layers but the LLM's head
+    quantize: Literal["nf4", "int8"] | None = None  # how the frozen weights are held meanwhile; None: as loaded
+
+
+@dataclass
 class StageConfig:
     """One stage of training. Parts without a learning rate are frozen."""
 
@@ -99,6 +113,8 @@ class StageConfig:
     gradient_checkpointing: bool = False
     packing: bool = field(default=False, metadata=ADDED)  # the LLM computes no padding; samples see only themselves
     group_by: Literal["length", "modality_length"] | None = field(default=None, metadata=ADDED)  # into equal batches
+    only: dict[Part, list[str]] | None = field(default=None, metadata=ADDED)  # patterns of a part's parameters to train
+    lora: LoRAConfig | None = field(default=None, metadata=ADDED)  # adapters instead of the LLM's own weights
 
 
 @dataclass
@@ -189,13 +205,17 @@ def baseline(run: RunConfig, name: Baseline) -> RunConfig:
     one, so that a study's connectors don't change its baselines.
     """
     stages = {
-        key: dataclasses.replace(stage, lr={"language": stage.lr["language"]})
+        key: dataclasses.replace(stage, lr=_language(stage.lr), only=_language(stage.only or {}) or None)
         for key, stage in run.stages.items()
         if "language" in stage.lr
     }
     evaluation = {task: dataclasses.replace(config, shuffled=0) for task, config in run.evaluation.items()}
     linear = ConnectorConfig("linear")
     return dataclasses.replace(run, connector=linear, stages=stages, evaluation=evaluation, sees=SIGHT[name])
+
+
+def _language(parts: Mapping[Part, T]) -> dict[Part, T]:
+    return {part: value for part, value in parts.items() if part == "language"}
 
 
 def parse(kind: type[T], values: object, where: str = "") -> T:

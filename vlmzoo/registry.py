@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 T = TypeVar("T", bound=type)
@@ -16,6 +17,21 @@ def unknown(what: str, name: object, valid: Iterable[str]) -> ValueError:
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return ValueError(f"unknown {what} {name!r}{hint} Valid: {', '.join(names) or 'none'}")
+
+
+def matching(what: str, pattern: str, names: Iterable[str]) -> list[str]:
+    """The names that a pattern with `*` matches.
+
+    Raises:
+        ValueError: none; the message calls it `what` and gives the nearest name.
+    """
+    names = list(names)
+    found = [name for name in names if fnmatchcase(name, pattern)]
+    if not found:
+        near = difflib.get_close_matches(pattern.replace("*", ""), names, n=1, cutoff=0.0)
+        hint = f"; the nearest is {near[0]!r}" if near else ""
+        raise ValueError(f"{what} {pattern!r} matches none of {len(names)} names{hint}")
+    return found
 
 
 class Registry:

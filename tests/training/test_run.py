@@ -170,7 +170,7 @@ def test_any_split_of_a_batch_gives_the_same_updates(
 
 def engine_of(model: VisionLanguageModel, stage: StageConfig, run: RunConfig) -> Engine:
     freeze(model, stage)
-    return Engine(model, stage, run, set(stage.lr), Processes())
+    return Engine(model, [stage], run, Processes())
 
 
 def test_the_loss_is_summed_over_targets_and_divided_once(values: dict[str, Any]) -> None:

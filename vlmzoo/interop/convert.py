@@ -30,6 +30,7 @@ from vlmzoo.interop import (
     perception_lm,
     qwen,
 )
+from vlmzoo.interop.adapter import add_adapter
 from vlmzoo.interop.architecture import Architecture, UnsupportedError
 from vlmzoo.interop.weights import filled, refuse_faults, to_ours, to_theirs
 from vlmzoo.model import VisionLanguageConfig, VisionLanguageModel
@@ -170,7 +171,12 @@ def _exported(model: VisionLanguageModel, architecture: Architecture) -> PreTrai
 
 
 def load(
-    path: str | Path, *, base: str | None = None, encoder: str | None = None, dtype: torch.dtype | None = None
+    path: str | Path,
+    *,
+    base: str | None = None,
+    encoder: str | None = None,
+    adapter: str | Path | None = None,
+    dtype: torch.dtype | None = None,
 ) -> VisionLanguageModel:
     """A model from a checkpoint, ours, transformers' or LLaVA's own, by directory or hub id.
 
@@ -178,13 +184,20 @@ def load(
 
     Args:
         base, encoder: names of the LLM and the encoder for those of LLaVA's own checkpoints that hold none.
+        adapter: a folder with low-rank adapters of the LLM, as peft writes them, to merge into it.
         dtype: None: the checkpoint's own.
 
     Raises:
-        ValueError: nothing there, an architecture that is not known, a configuration without one of its parts, or
-            weights missing, left over or misshapen.
+        ValueError: nothing there, an architecture that is not known, a configuration without one of its parts,
+            weights missing, left over or misshapen, or an adapter of another LLM or kind.
     """
-    source = str(path)
+    model = _loaded(str(path), base, encoder, dtype)
+    if adapter is not None:
+        add_adapter(Path(adapter), model.language, f"adapter {adapter}")
+    return model
+
+
+def _loaded(source: str, base: str | None, encoder: str | None, dtype: torch.dtype | None) -> VisionLanguageModel:
     values, _ = build.read(PreTrainedConfig.get_config_dict, source, "model")
     if original.is_original(values):
         return original.load_original(source, values, base=base, encoder=encoder, dtype=dtype)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import pickle
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,13 +10,13 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlmzoo import build
 from vlmzoo.config import ConnectorConfig, EncoderConfig, LLMConfig
-from vlmzoo.interop.weights import filled
+from vlmzoo.interop.adapter import SETTINGS, add_adapter
+from vlmzoo.interop.weights import filled, read_weights
 from vlmzoo.model import VisionLanguageModel
 
 FAMILIES = {
@@ -70,7 +68,8 @@ def load_original(
         named = LLMConfig(name=base or source)
         language = _own_language(config, weights, where, dtype)
     projector, rest = _split(weights)
-    _add_lora(folder, language, where)
+    if (folder / SETTINGS).is_file():
+        add_adapter(folder, language, where)
     if parts:
         _fill(language, rest, where, partial=True)
     model = VisionLanguageModel.from_parts(
@@ -82,24 +81,6 @@ def load_original(
     )
     _fill(model.connector, {f"inner.{_ours(name)}": value for name, value in projector.items()}, where)
     return model.eval()
-
-
-def read_weights(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or of a pickle, of which nothing but tensors is read.
-
-    Raises:
-        ValueError: the file is broken, or would run code.
-    """
-    if file.suffix == ".safetensors":
-        return build.read(load_file, str(file), "weights")
-    try:
-        found = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"weights {file}: cannot be read as tensors alone ({reason})") from None
-    if not (isinstance(found, dict) and all(isinstance(value, Tensor) for value in found.values())):
-        raise ValueError(f"weights {file}: expected tensors by name")
-    return found
 
 
 def _connector(config: Mapping[str, Any], where: str) -> ConnectorConfig:
@@ -163,32 +144,3 @@ def _fill(module: nn.Module, weights: Mapping[str, Tensor], where: str, *, parti
     with torch.no_grad():
         for name, value in weights.items():
             own[name].copy_(value)
-
-
-def _add_lora(folder: Path, language: PreTrainedModel, where: str) -> None:
-    """Adds low-rank updates to the weights that they belong to: W + alpha / r B A.
-
-    Source: Hu et al., LoRA (2021), section 4.1.
-    """
-    settings = folder / "adapter_config.json"
-    if not settings.is_file():
-        return
-    adapter = json.loads(settings.read_text(encoding="utf-8"))
-    for name in ("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern"):
-        if adapter.get(name):
-            raise ValueError(f"{where}: adapter_config.json has {name} {adapter[name]!r}, expected none")
-    (file,) = [path for end in ("safetensors", "bin") if (path := folder / f"adapter_model.{end}").is_file()][:1] or [
-        folder / "adapter_model.safetensors"
-    ]
-    weights = {name.removeprefix("base_model.model."): value for name, value in read_weights(file).items()}
-    own = dict(language.named_parameters())
-    scale = adapter["lora_alpha"] / adapter["r"]
-    with torch.no_grad():
-        for name, down in weights.items():
-            target, found, _ = name.partition(".lora_A")
-            if not found:
-                continue
-            up, weight = weights.get(name.replace(".lora_A", ".lora_B")), own.get(f"{target}.weight")
-            if up is None or weight is None or weight.shape != (len(up), down.shape[1]):
-                raise ValueError(f"{where}: the update of {target} has no weight that it fits")
-            weight += (scale * up.float() @ down.float()).to(weight.dtype)

@@ -5,13 +5,16 @@ In a pattern `*` stands for a number and `**`, at its end, for the rest of a nam
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -117,6 +120,24 @@ def _pattern(text: str) -> re.Pattern[str]:
 def _filled(text: str, groups: Sequence[str]) -> str:
     values = iter(groups)
     return re.sub(r"\*\*|\*", lambda _: next(values), text)
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file or of a pickle, of which nothing but tensors is read.
+
+    Raises:
+        ValueError: the file is broken, or would run code.
+    """
+    if file.suffix == ".safetensors":
+        return build.read(load_file, str(file), "weights")
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"weights {file}: cannot be read as tensors alone ({reason})") from None
+    if not (isinstance(found, dict) and all(isinstance(value, Tensor) for value in found.values())):
+        raise ValueError(f"weights {file}: expected tensors by name")
+    return found
 
 
 def filled(kind: Any, config: PreTrainedConfig, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Any:

@@ -16,6 +16,7 @@ from vlmzoo import __version__, build
 from vlmzoo.config import DataConfig, RunConfig, config_hash
 from vlmzoo.files import sha256
 
+ADAPTING = ("peft", "bitsandbytes")  # for LoRA, and for weights quantized beneath it
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow")
 
 
@@ -28,6 +29,8 @@ def manifest(run: RunConfig, processes: int = 1) -> dict[str, Any]:
     Raises:
         ValueError: a data set that is not there.
     """
+    loras = [stage.lora for stage in run.stages.values() if stage.lora is not None]
+    extras = ADAPTING[: 1 + any(lora.quantize is not None for lora in loras)] if loras else ()
     used = [stage.data for stage in run.stages.values()] + [task.data for task in run.evaluation.values()]
     return {
         "config_hash": config_hash(run),
@@ -35,7 +38,7 @@ def manifest(run: RunConfig, processes: int = 1) -> dict[str, Any]:
         "plugin": build.plugin_of(run.connector.name),
         "data": fingerprints(used),
         "versions": {"vlmzoo": __version__, "python": platform.python_version()}
-        | {name: version(name) for name in PACKAGES},
+        | {name: version(name) for name in (*PACKAGES, *extras)},
         "git": git(),
         "hardware": hardware(),
         "processes": processes,

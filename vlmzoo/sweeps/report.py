@@ -332,6 +332,8 @@ def _stages(study: SweepConfig) -> str:
     for name, stage in study.run.stages.items():
         length = f"{stage.steps} steps" if stage.steps is not None else f"{stage.epochs} epochs"
         rates = ", ".join(f"{part} {rate:g}" for part, rate in stage.lr.items())
+        if stage.lora is not None:
+            rates += f"; LoRA of rank {stage.lora.rank}" + (f" on {stage.lora.quantize}" if stage.lora.quantize else "")
         cells = [length, str(stage.batch_size), stage.schedule, f"{100 * stage.warmup_ratio:g} %", rates]
         line = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
         part = f'<span class="part">{escape(stage.data.path)}</span>'

@@ -25,7 +25,8 @@ from vlmzoo.samples import SampleSet
 from vlmzoo.sweeps.manifest import manifest
 from vlmzoo.sweeps.metrics import read_metrics
 from vlmzoo.sweeps.plan import read_result
-from vlmzoo.training import checkpoint, processes
+from vlmzoo.training import adapters, checkpoint, processes
+from vlmzoo.training.check import check
 from vlmzoo.training.run import moves_vision, train
 from vlmzoo.training.stages import num_steps
 
@@ -58,6 +59,7 @@ def run_trial(run: RunConfig, out: Path, cache: Path | None = None) -> dict[str,
         (is_done,) = together.total(done is not None)
         if is_done:
             return done or {}
+        check(run)
         if together.first:
             write_whole(out / "config.yaml", dump(run))
             write_json(out / "manifest.json", manifest(run, together.world))
@@ -69,6 +71,7 @@ def run_trial(run: RunConfig, out: Path, cache: Path | None = None) -> dict[str,
         if not together.first:
             return {}
         to_device(model)
+        adapters.finish(model.language, run, out / "adapter")
         to_dtype(model, getattr(torch, run.dtype))
         cache = None if moves_vision(run, len(run.stages) - 1) else cache
         evaluation, shuffled = {}, {}

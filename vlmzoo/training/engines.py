@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -16,9 +16,9 @@ from vlmzoo.config import Parallel, RunConfig, StageConfig
 from vlmzoo.connector import VisualTokens
 from vlmzoo.language.layers import decoder_layers
 from vlmzoo.model import VisionLanguageModel
-from vlmzoo.training import checkpoint
+from vlmzoo.training import adapters, checkpoint
 from vlmzoo.training.processes import Processes
-from vlmzoo.training.stages import make_optimizer
+from vlmzoo.training.stages import make_optimizer, trains
 
 
 class Engine:
@@ -26,16 +26,16 @@ class Engine:
 
     Args:
         model: with the stage's parts to train, all else frozen.
-        kept: the parts whose weights a checkpoint holds: those that this stage or one before it trains.
+        stages: of the run, up to the one that is trained.
     """
 
     def __init__(
-        self, model: VisionLanguageModel, stage: StageConfig, run: RunConfig, kept: set[str], processes: Processes
+        self, model: VisionLanguageModel, stages: Sequence[StageConfig], run: RunConfig, processes: Processes
     ) -> None:
-        self.plain, self.stage, self.run, self.kept, self.processes = model, stage, run, kept, processes
+        self.plain, self.stages, self.stage, self.run, self.processes = model, stages, stages[-1], run, processes
         self.model = self.share(model)
         self.module: Any = self.model  # what is called
-        self.optimizer = make_optimizer(self.model, stage)
+        self.optimizer = make_optimizer(self.model, self.stage)
         self.begin()
 
     def share(self, model: VisionLanguageModel) -> VisionLanguageModel:
@@ -86,7 +86,7 @@ class Engine:
     def save(self, place: Path) -> None:
         """Writes this process's files of a checkpoint within the stage."""
         if self.processes.first:
-            checkpoint.write_tensors(weights(self.plain, self.kept), place / checkpoint.WEIGHTS)
+            checkpoint.write_tensors(weights(self.plain, self.stages), place / checkpoint.WEIGHTS)
             checkpoint.write_state(self.optimizer.state_dict(), place / "optimizer.pt")
 
     def load(self, place: Path) -> None:
@@ -99,14 +99,22 @@ class Engine:
     def save_finished(self, place: Path) -> None:
         """The same of a checkpoint behind the stage, from which any number of processes could go on."""
         if self.processes.first:
-            checkpoint.write_tensors(weights(self.plain, self.kept), place / checkpoint.WEIGHTS)
+            checkpoint.write_tensors(weights(self.plain, self.stages), place / checkpoint.WEIGHTS)
 
 
-def weights(model: nn.Module, parts: Collection[str]) -> dict[str, Tensor]:
-    """All weights of these parts that a saved model holds; tied ones once."""
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+def weights(model: nn.Module, stages: Sequence[StageConfig]) -> dict[str, Tensor]:
+    """All that these stages change of what a saved model holds; tied weights once."""
+    parts = {part for stage in stages for part in stage.lr}
+    merged = adapters.merged(stages)
     held = set(model.state_dict())
-    return {name: value for name, value in named.items() if name.split(".")[0] in parts and name in held}
+
+    def moved(name: str) -> bool:
+        own = name.replace(adapters.BASE, "")
+        return any(trains(stage, own) for stage in stages) or (merged and own.startswith("language."))
+
+    parameters = {name: value for name, value in model.named_parameters() if moved(name)}
+    buffers = {name: value for name, value in model.named_buffers() if name.split(".")[0] in parts and name in held}
+    return parameters | buffers
 
 
 class DDPEngine(Engine):
@@ -149,11 +157,12 @@ class ShardedEngine(Engine):
     @property
     def trained(self) -> dict[str, Tensor]:
         """This process's parts of what the stage trains."""
-        return weights(self.model, self.stage.lr)
+        return weights(self.model, [self.stage])
 
     def save(self, place: Path) -> None:
         if self.processes.first:
-            still = weights(self.plain, self.kept - set(self.stage.lr))
+            moving = self.trained.keys()
+            still = {name: value for name, value in weights(self.plain, self.stages).items() if name not in moving}
             checkpoint.write_tensors(still, place / checkpoint.WEIGHTS)
         self.save_shard(place)
 
@@ -161,7 +170,7 @@ class ShardedEngine(Engine):
         raise NotImplementedError
 
     def finish(self) -> None:
-        held = weights(self.plain, self.stage.lr)
+        held = weights(self.plain, [self.stage])
         with torch.no_grad():
             for name, value in self.trained.items():
                 held[name].copy_(self.whole(value))
@@ -323,8 +332,8 @@ ENGINES: dict[Parallel, type[Engine]] = {
 
 
 def make_engine(
-    model: VisionLanguageModel, stage: StageConfig, run: RunConfig, kept: set[str], processes: Processes
+    model: VisionLanguageModel, stages: Sequence[StageConfig], run: RunConfig, processes: Processes
 ) -> Engine:
-    """What trains this stage."""
+    """What trains the last of these stages."""
     kind = Engine if processes.world == 1 else ENGINES[run.parallel]
-    return kind(model, stage, run, kept, processes)
+    return kind(model, stages, run, processes)

@@ -22,7 +22,7 @@ from vlmzoo.language.packing import packs
 from vlmzoo.model import VisionLanguageModel
 from vlmzoo.processor import VisionLanguageProcessor
 from vlmzoo.samples import SampleSet
-from vlmzoo.training import checkpoint
+from vlmzoo.training import adapters, checkpoint
 from vlmzoo.training.checkpoint import Progress
 from vlmzoo.training.engines import Engine, make_engine
 from vlmzoo.training.log import Log
@@ -59,27 +59,28 @@ def train(
     position, place = checkpoint.find(folder, key, processes) or (Progress(), None)
     log = Log(out / "metrics.jsonl" if processes.first else None, position.total)
     trainable: dict[str, int] = {}
+    stages = list(run.stages.values())
     for index, (name, stage) in enumerate(run.stages.items()):
         moving = moves_vision(run, index)
         data = SampleSet(model, processor, stage.data, cache, run.sees, encoder_moves=moving)
         total = num_steps(stage, len(data))
         if total == 0:
             continue
+        adapters.enter(model.language, stage, stages[:index], run.seed.init)
         freeze(model, stage)
         trainable[name] = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        if place is not None and index == (position.stage if position.step else position.stage - 1):
+            checkpoint.restore(model, load_file(place / checkpoint.WEIGHTS))  # before a later stage merges adapters
         if index < position.stage:
             continue
         start = position.step if index == position.stage else 0
         before = position.total - start if index == position.stage else position.total
-        if place is not None:
-            checkpoint.restore(model, load_file(place / checkpoint.WEIGHTS))
         model.checkpoint_activations(stage.gradient_checkpointing)
         data.open_cache()
         log.stage(name, start, total)
         order = data.order(stage, run.seed.data, start)
-        kept = {part for earlier in list(run.stages.values())[: index + 1] for part in earlier.lr}
         with deferred_interrupt() as interrupted, packs(model.language, stage.packing):
-            engine = make_engine(model, stage, run, kept, processes)
+            engine = make_engine(model, stages[: index + 1], run, processes)
             if place is not None and start:
                 engine.load(place)
             place = None
@@ -114,8 +115,6 @@ def train(
                     checkpoint.save(folder, position, key, engine.save, processes)
                 if stop:
                     raise KeyboardInterrupt
-    if place is not None:
-        checkpoint.restore(model, load_file(place / checkpoint.WEIGHTS))  # every stage lies behind
     log.close()
     model.eval().requires_grad_(False)
     return TrainingResult(log.samples_per_second, log.final_loss(), trainable, log.flops)
@@ -167,7 +166,7 @@ def flop_counter() -> FlopCounterMode:
             lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
         ),
     }
-    return FlopCounterMode(display=False, custom_mapping=on_cpu)
+    return FlopCounterMode(display=False, custom_mapping=on_cpu | adapters.flop_formulas())
 
 
 @contextmanager

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
 
 from vlmzoo.config import Part, StageConfig
+from vlmzoo.registry import matching
+from vlmzoo.training import adapters
 
 PARTS: tuple[Part, ...] = ("vision", "connector", "language")
 
@@ -28,23 +31,49 @@ def num_steps(stage: StageConfig, num_records: int) -> int:
     return steps
 
 
-def freeze(model: nn.Module, stage: StageConfig) -> None:
-    """Freezes all that has no learning rate.
+def check_patterns(module: nn.Module, part: Part, stage: StageConfig) -> None:
+    """Raises a ValueError for a pattern in a stage's `only` that matches no parameter of the part."""
+    names = [name for name, _ in module.named_parameters()]
+    for pattern in (stage.only or {}).get(part, ()):
+        matching(f"only.{part}:", pattern, names)
 
-    Trained parts hold float32 weights whatever the run computes in; frozen ones keep the run's type and stay in eval
-    mode, without gradients or optimizer state.
+
+def trains(stage: StageConfig, name: str) -> bool:
+    """Whether a stage trains the parameter of this name in a model."""
+    part, _, inner = name.partition(".")
+    if part not in stage.lr:
+        return False
+    if part == "language" and stage.lora is not None:
+        return adapters.LAYER in inner
+    patterns = (stage.only or {}).get(part, ["*"])
+    return any(fnmatchcase(inner, pattern) for pattern in patterns)
+
+
+def freeze(model: nn.Module, stage: StageConfig) -> None:
+    """Freezes all that a stage does not train.
+
+    Trained parts hold float32 weights whatever the run computes in, an LLM with adapters only these; frozen ones keep
+    the run's type and stay in eval mode, without gradients or optimizer state.
 
     Raises:
-        ValueError: a part that has a learning rate has no parameter to train.
+        ValueError: a part that has a learning rate has no parameter to train, or a pattern matches none of its own.
     """
     model.eval().requires_grad_(False)
     for part in PARTS:
         if part not in stage.lr:
             continue
-        module = getattr(model, part).train().float()
+        module = getattr(model, part).train()
+        if part != "language" or stage.lora is None:
+            module.float()
+        check_patterns(module, part, stage)
         untrained = getattr(module, "without_gradient", frozenset())
-        parameters = [parameter for name, parameter in module.named_parameters() if name not in untrained]
+        parameters = [
+            parameter
+            for name, parameter in module.named_parameters()
+            if name not in untrained and trains(stage, f"{part}.{name}")
+        ]
         for parameter in parameters:
+            parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
         if not parameters:
             raise ValueError(f"stage trains {part!r}, which has no parameter to train")
