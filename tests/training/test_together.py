@@ -153,6 +153,37 @@ def test_every_kind_of_connector(strategy: str, connector: str, folder: Path, tm
     same_run(tmp_path / "whole", tmp_path / "alone", values)
 
 
+@scale
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_adapters_are_shared_too(strategy: str, folder: Path, tmp_path: Path) -> None:
+    values = {**stages(folder), "parallel": strategy}
+    values["stages"]["finetune"]["lora"] = {"rank": 4, "alpha": 8, "dropout": 0.0}
+    alone(values, tmp_path / "alone")
+    code, said = together(values, tmp_path / "whole")
+    assert code == 0, said[-3000:]
+    same_run(tmp_path / "whole", tmp_path / "alone", values)
+
+
+@scale
+def test_accelerate_launch_starts_the_same_run(folder: Path, tmp_path: Path) -> None:
+    values = {**stages(folder), "parallel": "fsdp2"}
+    alone(values, tmp_path / "alone")
+    command, given = starter(values, tmp_path / "whole")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    found = subprocess.run([*launch, *command[-3:]], env=given, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-3000:]
+    same_run(tmp_path / "whole", tmp_path / "alone", values)
+
+
+@scale
+def test_accelerate_launch_without_processes_is_refused(folder: Path, tmp_path: Path) -> None:
+    command, given = starter(stages(folder), tmp_path / "out")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    found = subprocess.run([*launch, *command[-3:]], env=given, capture_output=True, text=True)
+    assert found.returncode != 0
+    assert "accelerate launch was to start several processes and started one" in found.stderr
+
+
 def test_a_loss_that_is_not_finite_stops_all_and_names_the_records(folder: Path, tmp_path: Path) -> None:
     values = {**stages(folder), "parallel": "fsdp2"}
     values["stages"]["align"] |= {"lr": {"connector": 1e30}, "schedule": "constant", "clip": None, "warmup_ratio": 0}
@@ -179,6 +210,12 @@ def test_parts_of_a_step() -> None:
         ({"parallel": "fsdp2"}, {}, "parallel 'fsdp2': expected several processes, started by torchrun; this is one"),
         ({}, {"SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 processes that know nothing of one another"),
         ({}, {"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun started 2 processes that know nothing of one another"),
+        (
+            {},
+            {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"},
+            "accelerate launch was to start several processes and started one; expected it with --multi_gpu",
+        ),
+        ({}, {"ACCELERATE_USE_FSDP": "true"}, "ACCELERATE_USE_FSDP is set; expected parallel in the run"),
         ({}, {"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set; expected a start by torchrun"),
     ],
 )

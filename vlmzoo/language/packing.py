@@ -144,6 +144,8 @@ def _check_apart(language: PreTrainedModel, attention: str) -> None:
     def logits(inputs: Tensor) -> Tensor:
         return language(inputs_embeds=inputs, **arguments, **packing.arguments()).logits
 
+    training = language.training
+    language.eval()  # dropout would differ too
     before = logits(embeds)
     for changed, other in ((slice(0, 3), slice(3, 6)), (slice(3, 6), slice(0, 3))):
         inputs = embeds.clone()
@@ -153,3 +155,4 @@ def _check_apart(language: PreTrainedModel, attention: str) -> None:
                 f"packing: samples of one row see one another in {type(language).__name__} with {attention} attention; "
                 f"expected packing: false"
             )
+    language.train(training)

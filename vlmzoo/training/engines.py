@@ -124,7 +124,8 @@ class DDPEngine(Engine):
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
         options = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
-        self.accelerator = Accelerator(cpu=self.processes.device.type == "cpu", kwargs_handlers=[options])
+        cpu = self.processes.device.type == "cpu"
+        self.accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[options])
         check_processes(self.accelerator.num_processes, self.processes)
         self.module = self.accelerator.prepare_model(self.model)
         if not isinstance(self.module, nn.parallel.DistributedDataParallel):
@@ -266,6 +267,7 @@ class ZeROEngine(ShardedEngine):
         backend = "nccl" if self.processes.device.type == "cuda" else "gloo"
         # Told that it is on a CPU, accelerate would silently take DDP.
         self.accelerator = Accelerator(
+            mixed_precision="no",
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
             kwargs_handlers=[InitProcessGroupKwargs(backend=backend)],
         )

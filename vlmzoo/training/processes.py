@@ -90,6 +90,11 @@ def start(environment: Mapping[str, str] = os.environ) -> Processes:
         ValueError: several processes were started, but none was told of the others: each would train by itself.
     """
     world = int(environment.get("WORLD_SIZE", "1"))
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        if environment.get(name, "false").lower() == "true":
+            raise ValueError(
+                f"{name} is set; expected parallel in the run (docs/scale.md), which says how it is shared"
+            )
     if world == 1:
         for name, starter in STARTERS.items():
             if int(environment.get(name) or "1") > 1 and "WORLD_SIZE" not in environment:
@@ -97,6 +102,11 @@ def start(environment: Mapping[str, str] = os.environ) -> Processes:
                     f"{starter} started {environment[name]} processes that know nothing of one another, and each would "
                     f"train alone; expected one a node, which starts torchrun (docs/scale.md)"
                 )
+        if "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_PORT" in environment:  # it does so without a word
+            raise ValueError(
+                "accelerate launch was to start several processes and started one; expected it with --multi_gpu, which "
+                "goes for CPUs too, or torchrun (docs/scale.md)"
+            )
         if torch.cuda.is_available():
             return Processes(device=torch.device("cuda", torch.cuda.current_device()))
         return Processes()
