@@ -239,12 +239,14 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         instruction_ids: Tensor | None = None,
         instruction_mask: Tensor | None = None,
         num_slots: Sequence[int] | None = None,
+        idle: bool = False,
     ) -> VisualContext:
         """The images as the LLM gets them.
 
         Args:
             input_ids: (batch, length), with the images' slots.
             num_slots: of each sample, where it is known on the host.
+            idle: the images are no sample's.
             pixel_values: (crops, 3, height, width), or
             image_features: what `vision.encode` gave for them.
             num_crops: (images,), where an image has several.
@@ -273,10 +275,9 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             instruction_mask=instruction_mask,
         )
         slots = [self.connector.num_tokens(layout) for layout in visual.layouts]
-        samples = assign_images(slots, num_slots)
-        visual.sample_of_image = torch.tensor(
-            [sample for sample, images in enumerate(samples) for _ in images], device=input_ids.device
-        )
+        samples = [[] for _ in num_slots] if idle else assign_images(slots, num_slots)
+        owners = [sample for sample, images in enumerate(samples) for _ in images] or [0] * len(slots)
+        visual.sample_of_image = torch.tensor(owners, device=input_ids.device)
         context = arrange(self.connector(visual), samples, slots)
         if has_axes(self.language.config):
             grids = [token_grids(self.connector, layout) for layout in visual.layouts]
@@ -328,12 +329,6 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             instruction=instruction,
         )
 
-    def _nothing_of(self, images: dict[str, Any], device: torch.device) -> Tensor:
-        """0, computed from images through encoder and connector."""
-        found = self.connector(self._visual_input(device, images.pop("pixel_values", None), **images))
-        values = [found.tokens, *found.additions.values(), *([] if found.memory is None else [found.memory])]
-        return sum((0.0 * value.sum() for value in values), start=torch.zeros((), device=device))
-
     def take_images(self, kwargs: dict[str, Any], pixel_values: Tensor | None, input_ids: Tensor) -> dict[str, Any]:
         """The inputs of the images of a prompt, taken out of a call's keywords; none where no image is passed."""
         images = {"pixel_values": pixel_values, **{key: kwargs.pop(key) for key in IMAGE_INPUTS if key in kwargs}}
@@ -384,12 +379,12 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             layout = BatchLayout.of_tensors(input_ids, labels, self.config.image_token_id)
         if visual is None and images:
             visual = self.encode_images(input_ids, **images, num_slots=layout.slots if layout else None)
+        elif visual is None and idle_images is not None:
+            visual = self.encode_images(input_ids, **idle_images, idle=True)
         blocks = kwargs.pop("blocks", blocks)  # where `take_images` made them
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         is_image = input_ids == self.config.image_token_id
         embeds = self.language.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
-        if idle_images is not None:
-            embeds = embeds + self._nothing_of(dict(idle_images), embeds.device).to(embeds.dtype)
         padded_right, visible = layout is not None and layout.lengths is not None, None
         if visual is None:
             if any(layout.slots) if layout else is_image.any():
@@ -455,7 +450,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         )
         check_reached(call, self.language)
         loss, logits = None, output.logits
-        if call.rows is not None and not call.ended:  # by a decoder that hands its layers no arguments
+        if call.rows is not None and logits.shape[:2].numel() != len(call.rows):  # its layers are handed no arguments
             logits = take_rows(logits, call.rows)
         if labels is not None and targets is not None:
             loss = _loss(logits, labels.flatten()[targets + 1], num_items_in_batch)

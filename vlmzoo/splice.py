@@ -72,7 +72,8 @@ def arrange(found: VisualTokens, samples: Sequence[Sequence[int]], slots: Sequen
         ValueError: the connector returned more tokens than the slots that it asked for.
     """
     device = found.tokens.device
-    width = max((sum(slots[image] for image in images) for images in samples), default=0)
+    # One slot at least, which no token stands in, where the images are no sample's: the same computation for all.
+    width = max(1, *(sum(slots[image] for image in images) for images in samples))
     most = found.tokens.shape[1]
     if most > max(slots):
         raise ValueError(f"the connector returned {most} tokens for an image, its num_tokens said {max(slots)}")

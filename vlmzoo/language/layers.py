@@ -34,7 +34,6 @@ class InLLMCall:
     packing: Packing | None = None  # the hidden states are packed, context and in-LLM layers are not
     rows: Tensor | None = None  # all that is wanted of the last layer's hidden states, flattened: (rows,)
     reached: set[int] = field(default_factory=set)
-    ended: bool = False  # the rows have been taken
 
     def places(self) -> set[int]:
         return set(self.layers) | set(self.additions)
@@ -53,10 +52,7 @@ class InLLMCall:
     def end(self, index: int, hidden: Tensor) -> Tensor:
         """Behind the last layer: (1, rows, text_dim) where rows are wanted."""
         hidden = self.run(index, hidden)
-        if self.rows is None:
-            return hidden
-        self.ended = True
-        return take_rows(hidden, self.rows)
+        return hidden if self.rows is None else take_rows(hidden, self.rows)
 
 
 def take_rows(values: Tensor, rows: Tensor) -> Tensor:

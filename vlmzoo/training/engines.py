@@ -16,6 +16,7 @@ from vlmzoo.config import Parallel, RunConfig, StageConfig
 from vlmzoo.connector import VisualTokens
 from vlmzoo.language.layers import decoder_layers
 from vlmzoo.model import VisionLanguageModel
+from vlmzoo.processor import Layouts
 from vlmzoo.training import adapters, checkpoint
 from vlmzoo.training.processes import Processes
 from vlmzoo.training.stages import make_optimizer, trains
@@ -252,7 +253,7 @@ class ZeROEngine(ShardedEngine):
         share = max(1, self.stage.batch_size // self.processes.world)
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": self.stage.micro_batch_size or share,
-            "gradient_accumulation_steps": 1,  # the boundary is set by hand
+            "gradient_accumulation_steps": -(-share // (self.stage.micro_batch_size or share)),
             "gradient_clipping": self.stage.clip or 0.0,
             "zero_optimization": {
                 "stage": stage,
@@ -273,10 +274,10 @@ class ZeROEngine(ShardedEngine):
         )
         check_processes(self.accelerator.num_processes, self.processes)
         connector = self.model.connector
-        if stage == 3 and connector.tiles is not None:
+        if Layouts.of(self.plain).tiled:
             raise ValueError(
-                f"parallel zero3: connector {self.run.connector.name!r} cuts images into tiles, and zero3 gathers its "
-                f"weights for each kind of them, of which processes have different numbers; expected parallel: fsdp2"
+                f"parallel {self.run.parallel}: connector {self.run.connector.name!r} cuts images into tiles, and "
+                f"DeepSpeed takes it that all processes compute the same; expected parallel: fsdp2 or ddp"
             )
         # DeepSpeed's hooks, between these two, look for tensors in a dictionary, but not in a class of ours.
         connector.register_forward_hook(lambda module, args, output: dict(vars(output)))
@@ -285,7 +286,7 @@ class ZeROEngine(ShardedEngine):
 
     def differentiate(self, loss: Tensor, last: bool) -> None:
         self.module.set_gradient_accumulation_boundary(last)
-        self.module.backward(loss * self.processes.world)  # DeepSpeed divides by it
+        self.module.backward(loss * self.processes.world, scale_wrt_gas=False)  # DeepSpeed divides by it
 
     def clear(self) -> None:
         """DeepSpeed has done it."""

@@ -71,15 +71,16 @@ def check(run: RunConfig, processes: Processes) -> None:
             continue
         if stage.batch_size % world:
             raise ValueError(f"stages.{name}.batch_size: {stage.batch_size} does not divide among {world} processes")
-        if run.parallel == "zero3" and world > 1 and "vision" in stage.lr:
+        zero = world > 1 and run.parallel in ("zero2", "zero3")
+        if zero and "vision" in stage.lr:
             raise ValueError(
-                f"stages.{name}.lr.vision: zero3 gathers the encoder's weights for each chunk of images, of which "
-                f"processes have different numbers; expected parallel: fsdp2"
+                f"stages.{name}.lr.vision: DeepSpeed takes it that all processes compute the same, but they encode "
+                f"different numbers of images; expected parallel: fsdp2 or ddp"
             )
-        if run.parallel == "zero3" and world > 1 and stage.data.image_mode == "native":
+        if zero and stage.data.image_mode == "native":
             raise ValueError(
-                f"stages.{name}.data.image_mode: zero3 gathers the connector's weights for each size of image, "
-                f"of which processes have different numbers; expected square or pad, or parallel: fsdp2"
+                f"stages.{name}.data.image_mode: DeepSpeed takes it that all processes compute the same, but their "
+                f"images have different sizes; expected square or pad, or parallel: fsdp2 or ddp"
             )
 
 
