@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
 import shutil
@@ -25,7 +26,10 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 from tests.checkpoints import run_values
 from tests.training.conftest import Trained, metrics
 from vlmzoo import build
-from vlmzoo.config import RunConfig, StageConfig, parse
+from vlmzoo.config import RunConfig, StageConfig, config_hash, parse
+from vlmzoo.data.images import ImageError
+from vlmzoo.data.order import batches
+from vlmzoo.data.prefetch import prefetched
 from vlmzoo.model import VisionLanguageModel
 from vlmzoo.samples import SampleSet
 from vlmzoo.sweeps.trial import new_model, run_trial
@@ -381,3 +385,47 @@ def test_flops_of_a_layer_are_three_products() -> None:
     with flop_counter() as counter:
         layer(torch.randn(5, 4, requires_grad=True)).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 5 * 4 * 6
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_batches_made_ahead_are_those_made_in_turn(values: dict[str, Any], tmp_path: Path, cached: bool) -> None:
+    run = build.resolve(parse(RunConfig, values))
+    model, processor = new_model(run)
+    data = SampleSet(model, processor, run.stages["finetune"].data, tmp_path / "cache" if cached else None)
+    data.open_cache()
+    order = list(itertools.islice(batches(len(data), 4, 0), 10))
+    ahead = prefetched(order, lambda indices: data.on_host(data.samples(indices)), 3, workers=2)
+    for indices, host in zip(order, ahead, strict=True):
+        found, expected = data.to_device(host), data.batch(data.samples(indices))
+        assert found.keys() == expected.keys()
+        assert ("image_features" in found) == cached
+        for key, value in found.items():
+            if key == "image_features":
+                assert torch.equal(value[0].values, expected[key][0].values)
+            else:
+                assert torch.equal(value, expected[key])
+
+
+def test_an_image_that_breaks_is_named_when_its_batch_has_its_turn(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "mine")
+    (tmp_path / "mine" / "images" / "2-0.png").write_bytes(b"no image")
+    run = build.resolve(parse(RunConfig, run_values(tmp_path / "mine")))
+    model, processor = new_model(run)
+    data = SampleSet(model, processor, run.stages["finetune"].data)
+    ahead = prefetched(range(4), lambda index: data.on_host(data.samples([index])), 4)
+    assert len([next(ahead), next(ahead)]) == 2
+    with pytest.raises(ImageError, match=r"record-2.*2-0.png cannot be decoded"):
+        next(ahead)
+
+
+def test_narrower_features_are_another_run_near_the_first(
+    values: dict[str, Any], tmp_path: Path, train_in: Train
+) -> None:
+    exact = train_in(values, tmp_path / "exact", tmp_path / "cache")[1].final_loss
+    key = config_hash(parse(RunConfig, values))
+    for features in ("bfloat16", "float8"):
+        values["features"] = features
+        assert config_hash(parse(RunConfig, values)) != key
+        loss = train_in(values, tmp_path / features, tmp_path / "cache")[1].final_loss
+        assert loss != exact
+        assert loss == pytest.approx(exact, rel=0.05)

@@ -52,7 +52,7 @@ def train(
     trainable: dict[str, int] = {}
     for index, (name, stage) in enumerate(run.stages.items()):
         moving = moves_vision(run, index)
-        data = SampleSet(model, processor, stage.data, cache, run.sees, encoder_moves=moving)
+        data = SampleSet(model, processor, stage.data, cache, run.sees, encoder_moves=moving, features=run.features)
         total = num_steps(stage, len(data))
         if total == 0:
             continue
