@@ -280,9 +280,11 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         dtype = self.connector_dtype
         visual = VisualInput(
             maps=tuple(_cast(features, dtype, device) for features in image_features),
-            image_of_crop=torch.repeat_interleave(torch.arange(len(crops)), torch.tensor(crops)).to(device),
-            sample_of_image=torch.tensor(
-                [sample for sample, images in enumerate(samples) for _ in images], device=device
+            image_of_crop=torch.tensor([image for image, count in enumerate(crops) for _ in range(count)]).to(
+                device, non_blocking=True
+            ),
+            sample_of_image=torch.tensor([sample for sample, images in enumerate(samples) for _ in images]).to(
+                device, non_blocking=True
             ),
             layouts=tuple(layouts),
             instruction=instruction,

@@ -150,6 +150,11 @@ class SampleSet:
         _ = self._features, self._tokens
 
     @property
+    def ahead(self) -> int:
+        """How many batches are worth making before their turn: on a CPU none, where they take the model's cores."""
+        return 2 if self._model.device.type == "cuda" else 0
+
+    @property
     def feature_error(self) -> float | None:
         """How far stored features are from the encoder's, relative to their norm; None: not at all, or none stored."""
         return None if self._features is None else self._features.error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import os
 import re
 import shutil
@@ -426,6 +427,17 @@ def test_narrower_features_are_another_run_near_the_first(
     for features in ("bfloat16", "float8"):
         values["features"] = features
         assert config_hash(parse(RunConfig, values)) != key
-        loss = train_in(values, tmp_path / features, tmp_path / "cache")[1].final_loss
+        result = train_in(values, tmp_path / features, tmp_path / "cache")[1]
+        loss = result.final_loss
+        assert result.feature_error.keys() == {"align", "finetune"}
+        assert all(0 < error < 0.04 for error in result.feature_error.values())
         assert loss != exact
         assert loss == pytest.approx(exact, rel=0.05)
+
+
+def test_the_manifest_says_how_far_narrower_features_are_off(values: dict[str, Any], tmp_path: Path) -> None:
+    run = parse(RunConfig, {**values, "features": "float8"})
+    run_trial(run, tmp_path / "trial", tmp_path / "cache")
+    errors = json.loads((tmp_path / "trial" / "manifest.json").read_text())["feature_error"]
+    assert errors.keys() == {"align", "finetune"}
+    assert all(0 < error < 0.04 for error in errors.values())

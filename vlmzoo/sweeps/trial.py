@@ -48,12 +48,15 @@ def run_trial(run: RunConfig, out: Path, cache: Path | None = None) -> dict[str,
         if (done := read_result(out, key)) is not None:
             return done
         write_whole(out / "config.yaml", dump(run))
-        write_json(out / "manifest.json", manifest(run))
+        made_with = manifest(run)
+        write_json(out / "manifest.json", made_with)
         earlier = sum(step["seconds"] for step in read_metrics(out / "metrics.jsonl"))  # of a process that was stopped
         start = time.perf_counter()
         model, processor = new_model(run)
         check_data(run, model, processor)
         training = train(model, processor, run, out, cache)
+        if training.feature_error:
+            write_json(out / "manifest.json", {**made_with, "feature_error": training.feature_error})
         to_dtype(model, getattr(torch, run.dtype))
         cache = None if moves_vision(run, len(run.stages) - 1) else cache
         evaluation, shuffled = {}, {}

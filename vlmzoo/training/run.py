@@ -33,6 +33,7 @@ class TrainingResult:
     final_loss: dict[str, float]  # stage -> mean over its last steps
     trainable_parameters: dict[str, int]  # stage -> how many its optimizer holds
     flops: int | None  # of all steps, by the first one of each stage; None: no stage takes a step
+    feature_error: dict[str, float]  # stage -> how far features that were cached in a narrower type are off
 
 
 def train(
@@ -50,6 +51,7 @@ def train(
     position, weights, state = checkpoint.load(folder, key) or (Progress(), {}, None)
     log = Log(out / "metrics.jsonl", position.total)
     trainable: dict[str, int] = {}
+    feature_error: dict[str, float] = {}
     for index, (name, stage) in enumerate(run.stages.items()):
         moving = moves_vision(run, index)
         data = SampleSet(model, processor, stage.data, cache, run.sees, encoder_moves=moving, features=run.features)
@@ -68,6 +70,8 @@ def train(
             optimizer.load_state_dict(state)
         model.checkpoint_activations(stage.gradient_checkpointing)
         data.open_cache()
+        if data.feature_error is not None:
+            feature_error[name] = data.feature_error
         log.stage(name, start, total)
         before = position.total - start if index == position.stage else position.total
         order = batches(len(data), stage.batch_size, run.seed.data, start)
@@ -104,7 +108,7 @@ def train(
         checkpoint.restore(model, weights)  # every stage lies behind
     log.close()
     model.eval().requires_grad_(False)
-    return TrainingResult(log.samples_per_second, log.final_loss(), trainable, log.flops)
+    return TrainingResult(log.samples_per_second, log.final_loss(), trainable, log.flops, feature_error)
 
 
 def take_step(

@@ -83,9 +83,9 @@ class Error:
     whole: float = 0.0
 
     def add(self, found: Tensor, exact: Tensor) -> None:
-        exact = exact.double()
-        self.difference += (found.double() - exact).square().sum().item()
-        self.whole += exact.square().sum().item()
+        exact = exact.float()
+        self.difference += (found.float() - exact).square().sum(dtype=torch.float64).item()
+        self.whole += exact.square().sum(dtype=torch.float64).item()
 
     def __add__(self, other: Error) -> Error:
         return Error(self.difference + other.difference, self.whole + other.whole)
