@@ -103,9 +103,8 @@ def write_shard(file: Path, tensors: dict[str, Tensor], grid: Grid, error: Error
     Raises:
         OSError: it could not be written.
     """
-    raw = {name: _bytes(tensors[name]) for name in sorted(tensors)}
-    num_rows = len(next(iter(raw.values())))
-    checks = torch.empty(num_rows + 1, len(raw), dtype=torch.int64)
+    raw = [_bytes(tensors[name]) for name in sorted(tensors)]
+    checks = torch.empty(len(raw[0]) + 1, len(raw), dtype=torch.int64)
     ordered = sorted({**tensors, CHECKS: checks}.items(), key=lambda item: -item[1].itemsize)  # aligned to their types
     header: dict[str, Any] = {
         "__metadata__": {"grid": json.dumps(grid), "error": json.dumps([error.difference, error.whole])}
@@ -116,9 +115,8 @@ def write_shard(file: Path, tensors: dict[str, Tensor], grid: Grid, error: Error
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    for column, (name, rows) in enumerate(raw.items()):
-        seed = zlib.crc32(name.encode(), zlib.crc32(text))
-        checks[:, column] = torch.tensor([*(_check(row.data, seed, n) for n, row in enumerate(rows)), zlib.crc32(text)])
+    for column, rows in enumerate(raw):
+        checks[:, column] = torch.tensor([*(zlib.crc32(row.data) for row in rows), zlib.crc32(text)])
     with whole_file(file, alone=True) as aside, aside.open("wb") as opened:
         opened.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in ordered:
@@ -151,8 +149,8 @@ class Shard:
                 checks = header.pop(CHECKS)
                 opened.seek(8 + length + checks["data_offsets"][0])
                 numbers = np.frombuffer(opened.read(8 * math.prod(checks["shape"])), np.int64)
-            self._checks, whole = numbers.reshape(checks["shape"]), zlib.crc32(text)
-            if self._checks[-1].tolist() != [whole] * len(header):
+            self._checks = numbers.reshape(checks["shape"])
+            if self._checks[-1].tolist() != [zlib.crc32(text)] * len(header):
                 raise ValueError("its header does not match its checksum")
             self.grid: Grid = height, width
             self.error = Error(*json.loads(described["error"]))
@@ -163,7 +161,6 @@ class Shard:
                     shape=item["shape"],
                     dtype=TYPES[item["dtype"]],
                     column=column,
-                    seed=zlib.crc32(name.encode(), whole),
                 )
                 for column, (name, item) in enumerate(sorted(header.items()))
             }
@@ -188,7 +185,7 @@ class Shard:
             for name, memory in into.items():
                 part = self._parts[name]
                 count = os.preadv(descriptor, [memory], part.start + row * part.row_bytes)
-                if count != len(memory) or _check(memory, part.seed, row) != self._checks[row, part.column]:
+                if count != len(memory) or zlib.crc32(memory) != self._checks[row, part.column]:
                     raise DamageError(f"{self.file}: row {row} of {name!r} does not match its checksum")
         finally:
             os.close(descriptor)
@@ -204,7 +201,6 @@ class _Part:
     shape: Sequence[int]  # rows first
     dtype: torch.dtype
     column: int  # of the checksums
-    seed: int  # of each of them
 
     @property
     def row_bytes(self) -> int:
@@ -214,8 +210,3 @@ class _Part:
 def _bytes(tensor: Tensor) -> np.ndarray:
     """(rows, bytes a row)"""
     return tensor.flatten(1).contiguous().view(torch.uint8).numpy()
-
-
-def _check(row: memoryview, seed: int, number: int) -> int:
-    """Of a row's bytes, its number, and (by the seed) its tensor's name and the header."""
-    return zlib.crc32(row, zlib.crc32(number.to_bytes(8, "little"), seed))
