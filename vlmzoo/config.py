@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 Part = Literal["vision", "connector", "language"]
 Parallel = Literal["ddp", "fsdp2", "zero2", "zero3"]
+Features = Literal["compute", "bfloat16", "float8"]
 Sight = Literal["image", "nothing", "description"]
 Baseline = Literal["blind", "oracle"]
 SIGHT: dict[Baseline, Sight] = {"blind": "nothing", "oracle": "description"}
@@ -148,6 +149,7 @@ class RunConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     checkpoint_every: int = field(default=200, metadata=at_least(1))  # steps
     threads: int | None = field(default=None, metadata=at_least(1))  # CPU threads; None: torch's choice
+    features: Features = field(default="compute", metadata=ADDED)  # how they are cached: in `dtype`, or narrower
     parallel: Parallel = field(default="ddp", metadata=ADDED)  # how several processes share the work
 
 

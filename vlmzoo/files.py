@@ -8,29 +8,49 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 MANIFEST = "sha256.json"
+SETTLED = 2 * 10**9  # nanoseconds after a change within which another may bear the same time
+HASHES = 65536  # files between two writings of their hashes
+
+
+@contextmanager
+def whole_file(path: Path, *, alone: bool = False) -> Iterator[Path]:
+    """A file to write, synced and renamed to `path` once it is whole: a reader or a crash never meets half of it.
+
+    Args:
+        alone: the caller holds a lock, so that it writes over what a killed process left.
+
+    Raises:
+        OSError: it could not be written (a full disk, no right to); what stood at `path` still does.
+    """
+    aside = path.with_name(f".{path.name}" if alone else f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        _sync(aside)
+        aside.replace(path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:  # a failed write names no file by itself
+        aside.unlink(missing_ok=True)
+        raise _named(error, path) from None
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes beside the file, then renames: a reader or a crash never meets half of it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None  # a failed write names no file by itself
+    with whole_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -60,10 +80,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
         place.rename(path)
         _sync(path.parent)
-    except (OSError, SafetensorError) as error:  # safetensors wraps what the system said
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(place, ignore_errors=True)
-        number, said = getattr(error, "errno", None), getattr(error, "strerror", None)
-        raise OSError(number, said or str(error), str(path)) from None
+        raise _named(error, path) from None
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)
         raise
@@ -106,26 +125,89 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def content_hashes(files: Iterable[Path], folder: Path) -> dict[Path, str]:
+    """SHA-256 of each file's bytes; those of files that stay as they are are kept in `folder`, and not read again.
+
+    A file is taken for the one that was hashed while its size and its times of change (of the content, and of the
+    inode, which no tool sets back) are the same, to the nanosecond. One that changed moments before it was hashed is
+    read again the next time: a clock may be too coarse to tell a second change from the first.
+    """
+    paths = list(dict.fromkeys(files))
+    index = folder / f"{hashlib.sha256(json.dumps(sorted(map(str, paths))).encode()).hexdigest()[:16]}.json"
+    stamps = {path: _stamp(path) for path in paths}
+    known = _known(index, stamps)
+    if len(known) < len(paths):
+        with held(index.with_suffix(".lock"), wait=True):  # who waited for another finds its hashes
+            known = _known(index, stamps)
+            _hash(known, stamps, index)
+    return {path: known[path] for path in paths}
+
+
+def _hash(known: dict[Path, str], stamps: dict[Path, list[int]], index: Path) -> None:
+    """Adds the hashes of all files that lack one, and writes down those that can be believed later."""
+    unknown = [path for path in stamps if path not in known]
+    settled = time.time_ns() - SETTLED
+    bar = tqdm(total=len(unknown), desc="hashes", unit="file", file=sys.stderr, disable=not sys.stderr.isatty())
+    with bar, ThreadPoolExecutor() as pool:
+        for start in range(0, len(unknown), HASHES):  # written as it goes: killed here, only these are lost
+            part = unknown[start : start + HASHES]
+            for path, digest in zip(part, pool.map(sha256, part), strict=True):
+                known[path] = digest
+                bar.update()
+            kept = {str(path): [known[path], *stamps[path]] for path in known if max(stamps[path][1:]) < settled}
+            write_whole(index, json.dumps(kept))
+
+
+def _stamp(path: Path) -> list[int]:
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _known(index: Path, stamps: dict[Path, list[int]]) -> dict[Path, str]:
+    """The hashes of files that are as they were; none where the index is not there or broken."""
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))
+        return {path: found[str(path)][0] for path in stamps if found.get(str(path), [""])[1:] == stamps[path]}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+@contextmanager
+def held(file: Path, *, wait: bool) -> Iterator[bool]:
+    """Holds a lock file for this process; the kernel lets go when the process ends, however it ends.
+
+    Gives False where another holds it, and we do not wait.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        opened = file.open("w")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file.parent)) from None
+    with opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
 @contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Holds the folder for this process; the kernel lets go when the process ends, however it ends.
+    """Holds the folder for this process.
 
     Raises:
         ValueError: another process holds it, and we do not wait.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(folder)) from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise ValueError(
-                f"{folder}: another process is working here; wait for it or choose another --out"
-            ) from None
+    with held(folder / ".lock", wait=wait) as ours:
+        if not ours:
+            raise ValueError(f"{folder}: another process is working here; wait for it or choose another --out")
         yield
+
+
+def _named(error: Exception, path: Path) -> OSError:
+    """The error with the file that it is about; safetensors wraps what the system said."""
+    return OSError(getattr(error, "errno", None), getattr(error, "strerror", None) or str(error), str(path))
 
 
 def _sync(path: Path) -> None:

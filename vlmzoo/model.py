@@ -323,7 +323,9 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         dtype = self.connector_dtype
         return VisualInput(
             maps=tuple(_cast(features, dtype, device) for features in image_features),
-            image_of_crop=torch.repeat_interleave(torch.arange(len(crops)), torch.tensor(crops)).to(device),
+            image_of_crop=torch.tensor([image for image, count in enumerate(crops) for _ in range(count)]).to(
+                device, non_blocking=True
+            ),
             sample_of_image=torch.zeros(len(crops), dtype=torch.long, device=device),
             layouts=tuple(layouts),
             instruction=instruction,

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from vlmzoo import build
-from vlmzoo.config import DataConfig, Sight, StageConfig
-from vlmzoo.data.collate import collate
+from vlmzoo.config import DataConfig, Features, Sight, StageConfig
+from vlmzoo.data.collate import Side, collate
 from vlmzoo.data.images import load_image
 from vlmzoo.data.layout import BatchLayout
 from vlmzoo.data.order import batches
+from vlmzoo.data.prefetch import prefetched
 from vlmzoo.data.records import Record, RecordError, read_records
 from vlmzoo.data.samples import Sample
 from vlmzoo.data.token_cache import TokenCache
 from vlmzoo.model import VisionLanguageModel
 from vlmzoo.processor import VisionLanguageProcessor, image_inputs
 from vlmzoo.vision.cache import FeatureCache
+from vlmzoo.vision.shards import StoredFeatures
+
+READERS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+"""Threads that decode images while the encoder computes those before them."""
 
 
 def seen(record: Record, sees: Sight) -> Record:
@@ -39,6 +45,15 @@ def seen(record: Record, sees: Sight) -> Record:
     return record.seen_as(record.description if sees == "description" else None)
 
 
+@dataclass(frozen=True)
+class HostBatch:
+    """A batch in the host's memory, pinned where the model is on a GPU."""
+
+    moved: dict[str, Tensor]
+    kept: dict[str, Any]  # what the model reads on the host
+    features: tuple[StoredFeatures, ...]  # empty: no image, or pixels
+
+
 class SampleSet:
     """The records of a data set, read and checked; samples are built when they are asked for.
 
@@ -47,6 +62,7 @@ class SampleSet:
             read as pixels every time, as images that are cut into tiles or keep their proportions always are.
         sees: what stands in the place of each image.
         encoder_moves: its features are not kept then.
+        features: how they are stored.
     """
 
     def __init__(
@@ -58,10 +74,12 @@ class SampleSet:
         sees: Sight = "image",
         *,
         encoder_moves: bool = False,
+        features: Features = "compute",
     ) -> None:
         self.records = [seen(record, sees) for record in read_records(*build.dataset(data), data.limit)]
         self._model, self._processor, self._data, self._cache_folder = model, processor, data, cache
         self._encoder_moves, self._sees = encoder_moves, sees
+        self._stored: Features = features
         self._builder = processor.sample_builder(data)
         self._where = {path: record.where for record in self.records for path in record.images}
 
@@ -101,32 +119,47 @@ class SampleSet:
                 batch.sort(key=lambda index: -sum(len(turn.text.split()) for turn in self.records[index].turns))
             yield batch
 
-    def batch(
-        self, samples: Sequence[Sample], padding_side: Literal["left", "right"] = "right", *, idle: bool = False
-    ) -> dict[str, Any]:
-        """What the model's `forward` takes, on the model's device.
+    def batch(self, samples: Sequence[Sample], padding_side: Side = "right") -> dict[str, Any]:
+        """What the model's `forward` takes, on the model's device."""
+        return self.to_device(self.on_host(samples, padding_side))
+
+    def on_host(self, samples: Sequence[Sample], padding_side: Side = "right") -> HostBatch:
+        """All of a batch that can be done before its turn; any thread may, once `open_cache` has returned.
+
+        Raises:
+            RecordError, ImageError: an image that cannot be used.
+            DamageError: stored features that are not what was written.
+        """
+        pad, pinned = self._processor.tokenizer.pad_token_id, self._model.device.type == "cuda"
+        moved, features = collate(samples, pad_token_id=pad, padding_side=padding_side), ()
+        kept: dict[str, Any] = {}
+        images = [path for sample in samples for path in sample.images]
+        if images and self._features is not None:
+            features = self._features.read(images, pinned=pinned)
+        elif images:
+            crops = [self._processor.crops(self._image(path), self._data.image_mode) for path in images]
+            kept |= image_inputs(crops, [layout for sample in samples for layout in sample.layouts])
+            moved["pixel_values"] = kept.pop("pixel_values")
+        if padding_side == "right":
+            layout = BatchLayout.of_samples(samples, self._model.config.image_token_id)
+            kept["layout"] = replace(layout, targets=layout.targets.pin_memory()) if pinned else layout
+        if pinned:
+            moved = {key: value.pin_memory() for key, value in moved.items()}
+        return HostBatch(moved, kept, features)
+
+    def to_device(self, batch: HostBatch, *, idle: bool = False) -> dict[str, Any]:
+        """What the model's `forward` takes, on the model's device; copies to a GPU are not waited for.
 
         Args:
             idle: a batch without images gets one that no sample sees, so that all processes run the same modules.
         """
-        pad = self._processor.tokenizer.pad_token_id
         device = self._model.device
-        batch: dict[str, Any] = {
-            key: value.to(device)
-            for key, value in collate(samples, pad_token_id=pad, padding_side=padding_side).items()
-        }
-        if padding_side == "right":
-            batch["layout"] = BatchLayout.of_samples(samples, self._model.config.image_token_id)
-        images = [path for sample in samples for path in sample.images]
-        if images and self._features is not None:
-            batch["image_features"] = self._features.batch(images)
-        elif images:
-            crops = [self._processor.crops(self._image(path), self._data.image_mode) for path in images]
-            batch |= image_inputs(crops, [layout for sample in samples for layout in sample.layouts])
-            batch["pixel_values"] = batch["pixel_values"].to(device)
-        elif idle and self._sees == "image":
-            batch["idle_images"] = self._idle_images
-        return batch
+        moved: dict[str, Any] = {key: value.to(device, non_blocking=True) for key, value in batch.moved.items()}
+        if batch.features:
+            moved["image_features"] = tuple(stored.on(device) for stored in batch.features)
+        elif idle and self._sees == "image" and "pixel_values" not in moved:
+            moved["idle_images"] = self._idle_images
+        return moved | batch.kept
 
     @cached_property
     def _idle_images(self) -> dict[str, Any]:
@@ -135,7 +168,8 @@ class SampleSet:
         layout = self._processor.layouts.of_image((size, size))
         images: dict[str, Any]
         if self._features is not None:
-            images = {"image_features": self._features.batch([next(iter(self._where))])}
+            first = self._features.read([next(iter(self._where))])
+            images = {"image_features": tuple(stored.on(device) for stored in first)}
         else:
             images = dict(image_inputs([self._processor.crops(image, self._data.image_mode)], [layout]))
             images["pixel_values"] = images["pixel_values"].to(device)
@@ -151,6 +185,16 @@ class SampleSet:
             RecordError: a conversation that the template cannot express.
         """
         _ = self._features, self._tokens
+
+    @property
+    def ahead(self) -> int:
+        """How many batches are worth making before their turn: on a CPU none, where they take the model's cores."""
+        return 2 if self._model.device.type == "cuda" else 0
+
+    @property
+    def feature_error(self) -> float | None:
+        """How far stored features are from the encoder's, relative to their norm; None: not at all, or none stored."""
+        return None if self._features is None else self._features.error
 
     @cached_property
     def _tokens(self) -> TokenCache | None:
@@ -178,10 +222,14 @@ class SampleSet:
             preprocessing,
             self._model.connector.requires,
             self._cache_folder / "features",
+            self._stored,
         )
 
-    def _pixels(self, path: Path) -> Tensor:
-        return self._processor.crops(self._image(path), self._data.image_mode)[0]
+    def _pixels(self, groups: Iterable[Sequence[Path]]) -> Iterator[Tensor]:
+        def pixels(paths: Sequence[Path]) -> Tensor:
+            return torch.cat([self._processor.crops(self._image(path), self._data.image_mode) for path in paths])
+
+        return prefetched(groups, pixels, 2 * READERS, workers=READERS)
 
     def _image(self, path: Path) -> Image.Image:
         return load_image(path, where=self._where[path])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import os
 import re
 import shutil
@@ -25,7 +27,10 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 from tests.checkpoints import run_values
 from tests.training.conftest import Trained, metrics
 from vlmzoo import build
-from vlmzoo.config import RunConfig, StageConfig, parse
+from vlmzoo.config import RunConfig, StageConfig, config_hash, parse
+from vlmzoo.data.images import ImageError
+from vlmzoo.data.order import batches
+from vlmzoo.data.prefetch import prefetched
 from vlmzoo.model import VisionLanguageModel
 from vlmzoo.samples import SampleSet
 from vlmzoo.sweeps.trial import new_model, run_trial
@@ -190,7 +195,7 @@ def test_the_loss_is_summed_over_targets_and_divided_once(values: dict[str, Any]
             count += int((labels != -100).sum())
     engine = engine_of(model, stage, run)
     model.eval()  # without dropout, as above
-    figures = loop.take_step(engine, data, chosen)
+    figures = loop.take_step(engine, data, loop.make_step(engine, data, chosen))
     assert figures["loss"] == pytest.approx(total / count, rel=1e-5)
     assert figures["tokens"] == count
 
@@ -234,7 +239,8 @@ def test_the_gradient_is_clipped_over_all_parts(values: dict[str, Any], clip: fl
     stage = dataclasses.replace(run.stages["finetune"], clip=clip)
     model, processor = new_model(run)
     engine = engine_of(model, stage, run)
-    figures = loop.take_step(engine, SampleSet(model, processor, stage.data), [0, 1])
+    data = SampleSet(model, processor, stage.data)
+    figures = loop.take_step(engine, data, loop.make_step(engine, data, [0, 1]))
     gradients = [value.grad for value in model.parameters() if value.grad is not None]
     norm = float(torch.cat([gradient.flatten() for gradient in gradients]).norm())
     assert figures["grad_norm"] > 0.1  # before it is clipped
@@ -323,7 +329,7 @@ def test_a_loss_that_is_not_finite_names_its_records(values: dict[str, Any]) -> 
         model.get_parameter("language.lm_head.weight").fill_(torch.nan)
     before = {name: value.clone() for name, value in model.connector.state_dict().items()}
     with pytest.raises(ValueError, match=r"loss nan .*records: captions.json\[3\] .*captions.json\[5\]"):
-        loop.take_step(engine, data, [3, 5])
+        loop.take_step(engine, data, loop.make_step(engine, data, [3, 5]))
     assert same(model.connector.state_dict(), before) == []
 
 
@@ -389,3 +395,61 @@ def test_flops_of_a_layer_are_three_products() -> None:
     with flop_counter() as counter:
         layer(torch.randn(5, 4, requires_grad=True)).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 5 * 4 * 6
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_batches_made_ahead_are_those_made_in_turn(values: dict[str, Any], tmp_path: Path, cached: bool) -> None:
+    run = build.resolve(parse(RunConfig, values))
+    model, processor = new_model(run)
+    data = SampleSet(model, processor, run.stages["finetune"].data, tmp_path / "cache" if cached else None)
+    data.open_cache()
+    order = list(itertools.islice(batches(len(data), 4, 0), 10))
+    ahead = prefetched(order, lambda indices: data.on_host(data.samples(indices)), 3, workers=2)
+    for indices, host in zip(order, ahead, strict=True):
+        found, expected = data.to_device(host), data.batch(data.samples(indices))
+        assert found.keys() == expected.keys()
+        assert ("image_features" in found) == cached
+        for key, value in found.items():
+            if key == "image_features":
+                assert torch.equal(value[0].values, expected[key][0].values)
+            elif key == "layout":
+                assert torch.equal(value.targets, expected[key].targets)
+                assert (value.lengths, value.slots) == (expected[key].lengths, expected[key].slots)
+            else:
+                assert torch.equal(value, expected[key])
+
+
+def test_an_image_that_breaks_is_named_when_its_batch_has_its_turn(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "mine")
+    (tmp_path / "mine" / "images" / "2-0.png").write_bytes(b"no image")
+    run = build.resolve(parse(RunConfig, run_values(tmp_path / "mine")))
+    model, processor = new_model(run)
+    data = SampleSet(model, processor, run.stages["finetune"].data)
+    ahead = prefetched(range(4), lambda index: data.on_host(data.samples([index])), 4)
+    assert len([next(ahead), next(ahead)]) == 2
+    with pytest.raises(ImageError, match=r"record-2.*2-0.png cannot be decoded"):
+        next(ahead)
+
+
+def test_narrower_features_are_another_run_near_the_first(
+    values: dict[str, Any], tmp_path: Path, train_in: Train
+) -> None:
+    exact = train_in(values, tmp_path / "exact", tmp_path / "cache")[1].final_loss
+    key = config_hash(parse(RunConfig, values))
+    for features in ("bfloat16", "float8"):
+        values["features"] = features
+        assert config_hash(parse(RunConfig, values)) != key
+        result = train_in(values, tmp_path / features, tmp_path / "cache")[1]
+        loss = result.final_loss
+        assert result.feature_error.keys() == {"align", "finetune"}
+        assert all(0 < error < 0.04 for error in result.feature_error.values())
+        assert loss != exact
+        assert loss == pytest.approx(exact, rel=0.05)
+
+
+def test_the_manifest_says_how_far_narrower_features_are_off(values: dict[str, Any], tmp_path: Path) -> None:
+    run = parse(RunConfig, {**values, "features": "float8"})
+    run_trial(run, tmp_path / "trial", tmp_path / "cache")
+    errors = json.loads((tmp_path / "trial" / "manifest.json").read_text())["feature_error"]
+    assert errors.keys() == {"align", "finetune"}
+    assert all(0 < error < 0.04 for error in errors.values())

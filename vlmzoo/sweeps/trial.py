@@ -51,7 +51,7 @@ def run_trial(run: RunConfig, out: Path, cache: Path | None = None) -> dict[str,
     key, together = config_hash(run), processes.start()
     processes.check(run, together)
     with locked(out) if together.first else nullcontext():
-        done = None
+        done, made_with = None, {}
         if together.first:
             refuse_other_run(run, out)
             checkpoint.refuse_other_processes(out / "checkpoints", together)
@@ -62,7 +62,8 @@ def run_trial(run: RunConfig, out: Path, cache: Path | None = None) -> dict[str,
         check(run)
         if together.first:
             write_whole(out / "config.yaml", dump(run))
-            write_json(out / "manifest.json", manifest(run, together.world))
+            made_with = manifest(run, together.world)
+            write_json(out / "manifest.json", made_with)
         earlier = sum(step["seconds"] for step in read_metrics(out / "metrics.jsonl"))  # of a process that was stopped
         start = time.perf_counter()
         model, processor = new_model(run)
@@ -70,6 +71,8 @@ def run_trial(run: RunConfig, out: Path, cache: Path | None = None) -> dict[str,
         training = train(model, processor, run, out, cache, together)
         if not together.first:
             return {}
+        if training.feature_error:
+            write_json(out / "manifest.json", {**made_with, "feature_error": training.feature_error})
         to_device(model)
         adapters.finish(model.language, run, out / "adapter")
         to_dtype(model, getattr(torch, run.dtype))

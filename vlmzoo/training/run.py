@@ -7,8 +7,10 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,12 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from vlmzoo.config import RunConfig, config_hash
+from vlmzoo.data.prefetch import prefetched
 from vlmzoo.data.samples import IGNORE
 from vlmzoo.language.packing import packs
 from vlmzoo.model import VisionLanguageModel
 from vlmzoo.processor import VisionLanguageProcessor
-from vlmzoo.samples import SampleSet
+from vlmzoo.samples import HostBatch, SampleSet
 from vlmzoo.training import adapters, checkpoint
 from vlmzoo.training.checkpoint import Progress
 from vlmzoo.training.engines import Engine, make_engine
@@ -36,6 +39,7 @@ class TrainingResult:
     final_loss: dict[str, float]  # stage -> mean over its last steps
     trainable_parameters: dict[str, int]  # stage -> how many its optimizer holds
     flops: int | None  # of all steps, by the first one of each stage; None: no stage takes a step
+    feature_error: dict[str, float]  # stage -> how far features that were cached in a narrower type are off
 
 
 def train(
@@ -60,9 +64,10 @@ def train(
     log = Log(out / "metrics.jsonl" if processes.first else None, position.total)
     trainable: dict[str, int] = {}
     stages = list(run.stages.values())
+    feature_error: dict[str, float] = {}
     for index, (name, stage) in enumerate(run.stages.items()):
         moving = moves_vision(run, index)
-        data = SampleSet(model, processor, stage.data, cache, run.sees, encoder_moves=moving)
+        data = SampleSet(model, processor, stage.data, cache, run.sees, encoder_moves=moving, features=run.features)
         total = num_steps(stage, len(data))
         if total == 0:
             continue
@@ -77,13 +82,18 @@ def train(
         before = position.total - start if index == position.stage else position.total
         model.checkpoint_activations(stage.gradient_checkpointing)
         data.open_cache()
+        if data.feature_error is not None:
+            feature_error[name] = data.feature_error
         log.stage(name, start, total)
-        order = data.order(stage, run.seed.data, start)
-        with deferred_interrupt() as interrupted, packs(model.language, stage.packing):
+        with ExitStack() as held:
+            interrupted = held.enter_context(deferred_interrupt())
+            held.enter_context(packs(model.language, stage.packing))
             engine = make_engine(model, stages[: index + 1], run, processes)
             if place is not None and start:
                 engine.load(place)
             place = None
+            order = islice(data.order(stage, run.seed.data, start), total - start)
+            steps = held.enter_context(closing(prefetched(order, partial(make_step, engine, data), data.ahead)))
             for step in range(start, total):
                 began = time.perf_counter()
                 for group in engine.optimizer.param_groups:
@@ -91,7 +101,7 @@ def train(
                 counter = flop_counter() if step == 0 else nullcontext()
                 seeds = (run.seed.dropout, index, step, *([processes.rank] if processes.rank else []))
                 with seeded(*seeds), counter:
-                    figures = take_step(engine, data, next(order), f"stage {name}, step {step}: ")
+                    figures = take_step(engine, data, next(steps), f"stage {name}, step {step}: ")
                 if isinstance(counter, FlopCounterMode):
                     figures["flops"] = int(processes.total(counter.get_total_flops())[0])
                 log.write(
@@ -117,39 +127,59 @@ def train(
                     raise KeyboardInterrupt
     log.close()
     model.eval().requires_grad_(False)
-    return TrainingResult(log.samples_per_second, log.final_loss(), trainable, log.flops)
+    return TrainingResult(log.samples_per_second, log.final_loss(), trainable, log.flops, feature_error)
 
 
-def take_step(engine: Engine, data: SampleSet, indices: Sequence[int], where: str = "") -> dict[str, Any]:
-    """One update from these records: the loss summed over all their targets, divided once by how many there are.
+@dataclass(frozen=True)
+class Step:
+    """What one process does in a step, made ahead of it."""
+
+    indices: Sequence[int]  # of all processes
+    batches: Sequence[HostBatch]
+    num_targets: int
+
+
+def make_step(engine: Engine, data: SampleSet, indices: Sequence[int]) -> Step:
+    """This process's share of a step; any thread may make it.
 
     Args:
         indices: of the whole step, which all processes are given.
+
+    Raises:
+        RecordError, ImageError, DamageError: a record that cannot be used.
+    """
+    parts = [data.samples(part) for part in engine.processes.micro_batches(indices, engine.stage.micro_batch_size)]
+    num_targets = sum(label != IGNORE for part in parts for sample in part for label in sample.labels[1:])
+    return Step(indices, [data.on_host(part) for part in parts], num_targets)
+
+
+def take_step(engine: Engine, data: SampleSet, step: Step, where: str = "") -> dict[str, Any]:
+    """One update: the loss summed over all targets, divided once by how many there are.
+
+    Args:
         where: begins the message of what is raised.
 
     Raises:
         ValueError: the loss or its gradient is not finite; nothing has been written, and the message names the records.
     """
     processes, stage = engine.processes, engine.stage
-    parts = [data.samples(part) for part in processes.micro_batches(indices, stage.micro_batch_size)]
-    own = sum(label != IGNORE for part in parts for sample in part for label in sample.labels[1:])
-    (num_targets,) = processes.total(own)
+    (num_targets,) = processes.total(step.num_targets)
     engine.clear()
     losses = []
-    for number, part in enumerate(parts):
-        batch = data.batch(part, idle=processes.world > 1)
+    for number, part in enumerate(step.batches):
+        batch = data.to_device(part, idle=processes.world > 1)
         if stage.packing:
             batch["packing"] = True
-        losses.append(engine.backward(batch, num_targets, last=number + 1 == len(parts)))
+        losses.append(engine.backward(batch, num_targets, last=number + 1 == len(step.batches)))
     (loss,) = processes.total(float(torch.stack(losses).sum()))
 
     def check(norm: float) -> None:
         if not (math.isfinite(norm) and math.isfinite(loss)):
-            names = ", ".join(data.records[index].where for index in indices)
+            names = ", ".join(data.records[index].where for index in step.indices)
             raise ValueError(f"{where}loss {loss} with gradient norm {norm}: expected finite ones; records: {names}")
 
     norm = engine.update(check)
-    return {"loss": loss, "grad_norm": norm, "tokens": int(num_targets), "samples": len(indices)}
+    return {"loss": loss, "grad_norm": norm, "tokens": int(num_targets), "samples": len(step.indices)}
 
 
 def moves_vision(run: RunConfig, index: int) -> bool:
