@@ -24,7 +24,9 @@ from vlmzoo.samples import SampleSet
 from vlmzoo.training import checkpoint
 from vlmzoo.training.checkpoint import Progress
 from vlmzoo.training.log import Log
+from vlmzoo.training.measures import Stopwatch, matmul_rate, part_norms, peak_memory_bytes, rates
 from vlmzoo.training.stages import num_steps, prepare, rate
+from vlmzoo.training.trackers import Trackers
 
 
 @dataclass(frozen=True)
@@ -36,19 +38,25 @@ class TrainingResult:
 
 
 def train(
-    model: VisionLanguageModel, processor: VisionLanguageProcessor, run: RunConfig, out: Path, cache: Path | None = None
+    model: VisionLanguageModel,
+    processor: VisionLanguageProcessor,
+    run: RunConfig,
+    out: Path,
+    cache: Path | None = None,
+    track: Sequence[str] = (),
 ) -> TrainingResult:
     """Trains every stage of a run; called again after any end, it goes on to the same weights, bit for bit.
 
     Args:
         cache: where features of frozen encoders and token ids are kept and shared; None: computed at every step.
+        track: the trackers that are told every line of metrics.jsonl, of `trackers.TRACKERS`.
 
     Raises:
         ValueError: data, a configuration or a checkpoint that cannot be used, or a loss that is not finite.
     """
     key, folder = config_hash(run), out / "checkpoints"
     position, weights, state = checkpoint.load(folder, key) or (Progress(), {}, None)
-    log = Log(out / "metrics.jsonl", position.total)
+    log = Log(out / "metrics.jsonl", position.total, Trackers(track, run, out, position.total))
     trainable: dict[str, int] = {}
     for index, (name, stage) in enumerate(run.stages.items()):
         moving = moves_vision(run, index)
@@ -83,17 +91,18 @@ def train(
                 if isinstance(counter, FlopCounterMode):
                     figures["flops"] = counter.get_total_flops()
                 position = Progress(index, step + 1, before + step + 1)
-                log.write(
-                    {
-                        "stage": name,
-                        "step": step,
-                        "num_steps": total,
-                        "total": before + step,
-                        **figures,
-                        "lr": {group["part"]: group["lr"] for group in optimizer.param_groups},
-                        "seconds": time.perf_counter() - began,
-                    }
-                )
+                line = {
+                    "stage": name,
+                    "step": step,
+                    "num_steps": total,
+                    "total": before + step,
+                    **figures,
+                    "lr": {group["part"]: group["lr"] for group in optimizer.param_groups},
+                    "seconds": time.perf_counter() - began,
+                    "peak_memory_bytes": peak_memory_bytes(),
+                }
+                peak = matmul_rate(str(model.device), getattr(torch, run.dtype))
+                log.write(line | {"rates": rates(line, log.first.get(name, line), peak)})
                 if step + 1 == total:
                     position = Progress(index + 1, 0, before + total)
                 if step + 1 == total or (step + 1) % run.checkpoint_every == 0 or interrupted.is_set():
@@ -124,24 +133,37 @@ def take_step(
     Raises:
         ValueError: the loss or its gradient is not finite; nothing has been updated, and the message names the records.
     """
-    samples = data.samples(indices)
+    waiting = Stopwatch()
+    with waiting:
+        samples = data.samples(indices)
     num_targets = sum(label != IGNORE for sample in samples for label in sample.labels[1:])
     optimizer.zero_grad(set_to_none=True)
     loss, size = 0.0, stage.micro_batch_size or len(samples)
     for start in range(0, len(samples), size):
-        batch = data.batch(samples[start : start + size])
+        with waiting:
+            batch = data.batch(samples[start : start + size])
         with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             part = model(**batch, num_items_in_batch=num_targets).loss
         if part.requires_grad:  # not where all is frozen that text alone would reach
             part.backward()
         loss += part.item()
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norms = part_norms(optimizer)
     norm = nn.utils.clip_grad_norm_(parameters, stage.clip if stage.clip is not None else float("inf"))
     if not (torch.isfinite(norm) and torch.isfinite(torch.tensor(loss))):
         names = ", ".join(sample.record.where for sample in samples)
         raise ValueError(f"{where}loss {loss} with gradient norm {norm.item()}: expected finite ones; records: {names}")
     optimizer.step()
-    return {"loss": loss, "grad_norm": norm.item(), "tokens": num_targets, "samples": len(samples)}
+    total, *parts = torch.stack([norm, *norms.values()]).tolist()  # at once: each fetch waits for a GPU
+    return {
+        "loss": loss,
+        "grad_norm": total,
+        "grad_norms": dict(zip(norms, parts, strict=True)),
+        "tokens": num_targets,
+        "all_tokens": sum(len(sample.input_ids) for sample in samples),
+        "samples": len(samples),
+        "data_seconds": waiting.seconds,
+    }
 
 
 def moves_vision(run: RunConfig, index: int) -> bool:
