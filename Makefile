@@ -12,7 +12,7 @@ help:
 	@echo "make test-kernels  the kernels at every size, under Triton's interpreter and compiled for two GPUs (four minutes)"
 	@echo "make bench       the kernels' time and memory against their peers, on this machine (eight minutes on two cores)"
 	@echo "make gpu         the kernels on this machine's GPU: tests, the fastest tiles, and a table (nine minutes)"
-	@echo "make docs        docs/connectors.md and docs/parity.md, from what the code does"
+	@echo "make docs        docs/connectors.md, docs/parity.md and the tables of docs/scale.md, from what the code does"
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("vlmzoo needs Python >= 3.11, this is " + sys.version)'
@@ -60,6 +60,7 @@ gpu:
 
 docs: .venv/timm
 	$(BIN)/python -m vlmzoo.sweeps.cards docs
+	$(BIN)/python -m experiments.benchmarks.capacity docs/scale.md
 	PYTHONPATH=.venv/timm $(BIN)/python -m tests.interop.parity docs
 
 test: lint test-timm test-interpreted

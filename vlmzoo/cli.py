@@ -188,6 +188,7 @@ def _train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache", metavar="DIR", type=Path, help="where features and token ids are kept (default: OUT/cache)"
     )
+    parser.add_argument("--no-cache", action="store_true", help="keep none, and compute them in every step")
     _track(parser)
     _plugin(parser)
 

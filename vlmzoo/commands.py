@@ -83,6 +83,8 @@ def train(args: argparse.Namespace) -> int:
     from vlmzoo.training import trackers
 
     trackers.check(args.track)
+    if args.no_cache and args.cache:
+        raise ValueError("--no-cache: --cache was given too")
     run = load(RunConfig, args.config, args.overrides)
     out = args.out or RUNS / args.config.stem
 
@@ -91,7 +93,7 @@ def train(args: argparse.Namespace) -> int:
     from vlmzoo.sweeps.trial import run_trial
 
     build.load_connectors(args.plugin)
-    result = run_trial(run, out, args.cache or out / "cache", args.track)
+    result = run_trial(run, out, None if args.no_cache else args.cache or out / "cache", args.track)
     _print_scores(result["evaluation"])
     print(f"{out}: {result['connector']}, {duration(result['seconds'])}")
     return 0
