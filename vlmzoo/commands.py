@@ -94,6 +94,8 @@ def train(args: argparse.Namespace) -> int:
 
     build.load_connectors(args.plugin)
     result = run_trial(run, out, None if args.no_cache else args.cache or out / "cache", args.track)
+    if not result:  # one of several processes, of which the first one tells
+        return 0
     _print_scores(result["evaluation"])
     print(f"{out}: {result['connector']}, {duration(result['seconds'])}")
     return 0
@@ -111,6 +113,8 @@ def transplant(args: argparse.Namespace) -> int:
         args.source, args.connector, args.data, args.out, images=args.images, base=args.base, encoder=args.encoder
     )
     result = run_trial(load(RunConfig, file, args.overrides), args.out, args.out / "cache")
+    if not result:
+        return 0
     for stage, loss in result["final_loss"].items():
         print(f"{stage}: loss {loss:.3f}")
     print(f"{args.out / 'model'}: {result['connector']}, {duration(result['seconds'])}")

@@ -46,26 +46,32 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it could not be written (a full disk, no right to); nothing stands at `path` then.
     """
-    aside = path.with_name(f".{path.name}")  # one name, so that what a killed process left is removed
+    place = staging(path)
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        hashes = {file.name: sha256(file) for file in sorted(aside.iterdir())}
-        (aside / MANIFEST).write_text(json.dumps(hashes, indent=1))
-        for file in aside.iterdir():
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        yield place
+        files = sorted(file for file in place.rglob("*") if file.is_file())
+        hashes = {file.relative_to(place).as_posix(): sha256(file) for file in files}
+        (place / MANIFEST).write_text(json.dumps(hashes, indent=1))
+        for file in place.rglob("*"):
             _sync(file)
-        _sync(aside)
+        _sync(place)
         shutil.rmtree(path, ignore_errors=True)
-        aside.rename(path)
+        place.rename(path)
         _sync(path.parent)
     except (OSError, SafetensorError) as error:  # safetensors wraps what the system said
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
         number, said = getattr(error, "errno", None), getattr(error, "strerror", None)
         raise OSError(number, said or str(error), str(path)) from None
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
         raise
+
+
+def staging(path: Path) -> Path:
+    """Where `whole_folder` fills what becomes `path`: one name, so that what a killed process left is removed."""
+    return path.with_name(f".{path.name}")
 
 
 def computed_once(path: Path, compute: Callable[[Path], None], name: str) -> None:

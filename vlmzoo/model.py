@@ -28,8 +28,10 @@ from vlmzoo.connector import (
     LayerContext,
     VisualInput,
 )
-from vlmzoo.language.layers import ARGUMENT, InLLMCall, attach, check_reached
+from vlmzoo.data.layout import BatchLayout
+from vlmzoo.language.layers import ARGUMENT, InLLMCall, attach, check_reached, take_rows
 from vlmzoo.language.masks import block_masks, prefix_blocks
+from vlmzoo.language.packing import Packing
 from vlmzoo.language.positions import grid_offsets, has_axes, on_grids, token_grids
 from vlmzoo.splice import (
     VisualContext,
@@ -37,6 +39,7 @@ from vlmzoo.splice import (
     assign_images,
     gather_slots,
     hide_unfilled,
+    last_visible,
     positions,
     splice,
     token_of_slot,
@@ -235,11 +238,13 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         token_budget: Tensor | None = None,
         instruction_ids: Tensor | None = None,
         instruction_mask: Tensor | None = None,
+        num_slots: Sequence[int] | None = None,
     ) -> VisualContext:
         """The images as the LLM gets them.
 
         Args:
             input_ids: (batch, length), with the images' slots.
+            num_slots: of each sample, where it is known on the host.
             pixel_values: (crops, 3, height, width), or
             image_features: what `vision.encode` gave for them.
             num_crops: (images,), where an image has several.
@@ -253,6 +258,46 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the slots of a sample are not those that its images need.
         """
+        if num_slots is None:
+            num_slots = (input_ids == self.config.image_token_id).sum(1).tolist()
+        visual = self._visual_input(
+            input_ids.device,
+            pixel_values,
+            image_features,
+            num_crops=num_crops,
+            crop_sizes=crop_sizes,
+            tilings=tilings,
+            image_sizes=image_sizes,
+            token_budget=token_budget,
+            instruction_ids=instruction_ids,
+            instruction_mask=instruction_mask,
+        )
+        slots = [self.connector.num_tokens(layout) for layout in visual.layouts]
+        samples = assign_images(slots, num_slots)
+        visual.sample_of_image = torch.tensor(
+            [sample for sample, images in enumerate(samples) for _ in images], device=input_ids.device
+        )
+        context = arrange(self.connector(visual), samples, slots)
+        if has_axes(self.language.config):
+            grids = [token_grids(self.connector, layout) for layout in visual.layouts]
+            by_sample = [[grid for image in images for grid in grids[image]] for images in samples]
+            context.offsets = grid_offsets(by_sample).to(input_ids.device)
+        return context
+
+    def _visual_input(
+        self,
+        device: torch.device,
+        pixel_values: Tensor | None,
+        image_features: Sequence[FeatureMap] | None = None,
+        *,
+        num_crops: Tensor | None = None,
+        crop_sizes: Tensor | None = None,
+        tilings: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        token_budget: Tensor | None = None,
+        instruction_ids: Tensor | None = None,
+        instruction_mask: Tensor | None = None,
+    ) -> VisualInput:
         request = self.connector.requires
         if image_features is None:
             assert pixel_values is not None
@@ -274,25 +319,20 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             if instruction_ids is None or instruction_mask is None:
                 raise ValueError(f"connector {self.config.connector!r} reads the instruction: pass instruction_ids")
             instruction = Instruction(instruction_ids, instruction_mask.bool())
-        slots = [self.connector.num_tokens(layout) for layout in layouts]
-        samples = assign_images(slots, (input_ids == self.config.image_token_id).sum(1).tolist())
-        device = input_ids.device
         dtype = self.connector_dtype
-        visual = VisualInput(
+        return VisualInput(
             maps=tuple(_cast(features, dtype, device) for features in image_features),
             image_of_crop=torch.repeat_interleave(torch.arange(len(crops)), torch.tensor(crops)).to(device),
-            sample_of_image=torch.tensor(
-                [sample for sample, images in enumerate(samples) for _ in images], device=device
-            ),
+            sample_of_image=torch.zeros(len(crops), dtype=torch.long, device=device),
             layouts=tuple(layouts),
             instruction=instruction,
         )
-        context = arrange(self.connector(visual), samples, slots)
-        if has_axes(self.language.config):
-            grids = [token_grids(self.connector, layout) for layout in layouts]
-            by_sample = [[grid for image in images for grid in grids[image]] for images in samples]
-            context.offsets = grid_offsets(by_sample).to(device)
-        return context
+
+    def _nothing_of(self, images: dict[str, Any], device: torch.device) -> Tensor:
+        """0, computed from images through encoder and connector."""
+        found = self.connector(self._visual_input(device, images.pop("pixel_values", None), **images))
+        values = [found.tokens, *found.additions.values(), *([] if found.memory is None else [found.memory])]
+        return sum((0.0 * value.sum() for value in values), start=torch.zeros((), device=device))
 
     def take_images(self, kwargs: dict[str, Any], pixel_values: Tensor | None, input_ids: Tensor) -> dict[str, Any]:
         """The inputs of the images of a prompt, taken out of a call's keywords; none where no image is passed."""
@@ -314,6 +354,9 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         visual: VisualContext | None = None,
         labels: Tensor | None = None,
         blocks: Tensor | None = None,
+        layout: BatchLayout | None = None,
+        packing: bool = False,
+        idle_images: dict[str, Any] | None = None,
         num_items_in_batch: int | Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         use_cache: bool | None = None,
@@ -325,31 +368,51 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             pixel_values: and whatever else `encode_images` takes (`IMAGE_INPUTS`), or
             visual: what it gave; pass that again at each cached step.
             labels: (batch, length), -100 where there is no target. The loss is the sum over targets divided by
-                `num_items_in_batch`, or by their own number. Logits then are only those of supervised positions.
+                `num_items_in_batch`, or by their own number. Logits then are (1, targets, vocab_size): those of
+                supervised positions, sample after sample.
             blocks: (batch, length), tokens of one block see one another, -1: none; instead of `config.bidirectional`.
+            layout: of this batch, where it is known on the host, so that nothing waits for the device.
+            idle_images: what `encode_images` takes for images that no sample sees: where a batch has none, so that
+                processes that share a step run the same modules.
+            packing: the LLM computes no padding (`vlmzoo.language.packing.packs` prepares it).
+
+        Raises:
+            ValueError: images and slots do not fit, or this LLM cannot be packed.
         """
         images = self.take_images(kwargs, pixel_values, input_ids)
+        if layout is None and labels is not None:
+            layout = BatchLayout.of_tensors(input_ids, labels, self.config.image_token_id)
         if visual is None and images:
-            visual = self.encode_images(input_ids, **images)
+            visual = self.encode_images(input_ids, **images, num_slots=layout.slots if layout else None)
         blocks = kwargs.pop("blocks", blocks)  # where `take_images` made them
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         is_image = input_ids == self.config.image_token_id
         embeds = self.language.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        if idle_images is not None:
+            embeds = embeds + self._nothing_of(dict(idle_images), embeds.device).to(embeds.dtype)
+        padded_right, visible = layout is not None and layout.lengths is not None, None
         if visual is None:
-            if is_image.any():
+            if any(layout.slots) if layout else is_image.any():
                 raise ValueError(f"input_ids hold {int(is_image.sum())} image slots, but no image was passed")
-            context = LayerContext(None, None, torch.full_like(input_ids, -1))
-            call = InLLMCall(self.in_llm_layers, context, {})
+            call = InLLMCall(self.in_llm_layers, LayerContext(None, None, torch.full_like(input_ids, -1)), {})
         else:
             slot = visual.slot_of_token(is_image)
             embeds, unfilled = splice(embeds, visual, is_image, slot)
-            attention_mask = hide_unfilled(attention_mask, unfilled, cached, visual)
+            shown = hide_unfilled(attention_mask, unfilled, cached, visual)
+            if shown is not attention_mask:
+                padded_right, attention_mask, visible = False, shown, shown
             if visual.unfilled_prompt is not None and visual.unfilled_prompt.any():
                 position_ids = None  # counted anew below, without the hidden slots
             call = self._in_llm(visual, is_image, slot, keep=bool(use_cache) and not torch.is_grad_enabled())
-            context = call.context
-        if call.places():
-            kwargs[ARGUMENT] = call
+        if cached == 0:  # what is decoded follows one by one
+            if blocks is None and self.config.bidirectional == "prefix":
+                blocks = prefix_blocks(input_ids, labels, IGNORE)
+            elif blocks is None and self.config.bidirectional == "image":
+                blocks = call.context.image_of_token.masked_fill(~is_image, -1)
+        else:
+            blocks = None
+        if padded_right and not packing and blocks is None:
+            attention_mask = None  # what fills a row up stands behind all that is read
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = positions(attention_mask, input_ids.shape[1])
         if visual is not None and visual.offsets is not None:
@@ -357,19 +420,30 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
                 position_ids = torch.arange(cached, cached + input_ids.shape[1], device=input_ids.device)[None]
             if position_ids.dim() == 2:
                 position_ids = on_grids(position_ids, visual.offsets, visual.slot_of_token(is_image), is_image)
-        if cached == 0:  # what is decoded follows one by one
-            if blocks is None and self.config.bidirectional == "prefix":
-                blocks = prefix_blocks(input_ids, labels, IGNORE)
-            elif blocks is None and self.config.bidirectional == "image":
-                blocks = context.image_of_token.masked_fill(~is_image, -1)
+        if packing:
             if blocks is not None:
-                arguments = attention_mask, past_key_values, position_ids, blocks
-                attention_mask = block_masks(self.language.config.get_text_config(), embeds, *arguments)
-        columns = None
-        if labels is not None:
+                raise ValueError("packing: this LLM reads its prompt in both directions; expected packing: false")
+            if padded_right and layout is not None and layout.lengths is not None:
+                packed = Packing.of_lengths(layout.lengths, input_ids.shape[1], input_ids.device)
+            else:
+                packed = Packing.of_mask(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
+            if position_ids is None:
+                position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+            embeds, position_ids, attention_mask = packed.pack(embeds), packed.pack_positions(position_ids), None
+            call.packing = packed
+            call.additions = {index: packed.pack(values) for index, values in call.additions.items()}
+            kwargs |= packed.arguments()
+        elif blocks is not None:
+            arguments = attention_mask, past_key_values, position_ids, blocks
+            attention_mask = block_masks(self.language.config.get_text_config(), embeds, *arguments)
+        targets = None
+        if labels is not None and layout is not None:
             use_cache = bool(use_cache)  # a cache is the LLM's default, and of no use in training
-            columns = (labels[:, 1:] != IGNORE).any(0).nonzero().squeeze(1)
-            logits_to_keep = columns
+            targets = layout.targets.to(input_ids.device, non_blocking=True)
+            seen = targets if visible is None else last_visible(visible, targets)
+            call.rows = seen if call.packing is None else call.packing.places(seen)
+        if call.places() or call.rows is not None:
+            kwargs[ARGUMENT] = call
         output = self.language(
             inputs_embeds=embeds,
             attention_mask=attention_mask,
@@ -380,12 +454,14 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         check_reached(call, self.language)
-        loss = None
-        if labels is not None and columns is not None:
-            loss = _loss(output.logits, labels[:, 1:][:, columns], num_items_in_batch)
+        loss, logits = None, output.logits
+        if call.rows is not None and not call.ended:  # by a decoder that hands its layers no arguments
+            logits = take_rows(logits, call.rows)
+        if labels is not None and targets is not None:
+            loss = _loss(logits, labels.flatten()[targets + 1], num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,  # pyright: ignore[reportArgumentType]
-            logits=output.logits,
+            logits=logits,
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
@@ -438,10 +514,8 @@ def _cast(features: FeatureMap, dtype: torch.dtype, device: torch.device) -> Fea
 
 
 def _loss(logits: Tensor, labels: Tensor, num_items: int | Tensor | None) -> Tensor:
-    total = nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
-    return total / (num_items if num_items is not None else (labels != IGNORE).sum())
+    total = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum")
+    return total / (num_items if num_items is not None else len(labels))
 
 
 AutoConfig.register("vlmzoo", VisionLanguageConfig)

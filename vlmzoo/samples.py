@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from vlmzoo import build
-from vlmzoo.config import DataConfig, Sight
+from vlmzoo.config import DataConfig, Sight, StageConfig
 from vlmzoo.data.collate import collate
 from vlmzoo.data.images import load_image
+from vlmzoo.data.layout import BatchLayout
+from vlmzoo.data.order import batches
 from vlmzoo.data.records import Record, RecordError, read_records
 from vlmzoo.data.samples import Sample
 from vlmzoo.data.token_cache import TokenCache
@@ -58,7 +61,7 @@ class SampleSet:
     ) -> None:
         self.records = [seen(record, sees) for record in read_records(*build.dataset(data), data.limit)]
         self._model, self._processor, self._data, self._cache_folder = model, processor, data, cache
-        self._encoder_moves = encoder_moves
+        self._encoder_moves, self._sees = encoder_moves, sees
         self._builder = processor.sample_builder(data)
         self._where = {path: record.where for record in self.records for path in record.images}
 
@@ -90,14 +93,30 @@ class SampleSet:
         swapped = [replace(self.records[index], images=self.records[other[index]].images) for index in sorted(other)]
         return self._builder.build(swapped, generation=True)
 
-    def batch(self, samples: Sequence[Sample], padding_side: Literal["left", "right"] = "right") -> dict[str, Any]:
-        """What the model's `forward` takes, on the model's device."""
+    def order(self, stage: StageConfig, seed: int, start_step: int = 0) -> Iterator[list[int]]:
+        """Endless batches of indices, from a step on."""
+        text_only = [not record.images for record in self.records] if stage.group_by == "modality_length" else None
+        for batch in batches(len(self.records), stage.batch_size, seed, start_step, text_only):
+            if stage.group_by is not None:
+                batch.sort(key=lambda index: -sum(len(turn.text.split()) for turn in self.records[index].turns))
+            yield batch
+
+    def batch(
+        self, samples: Sequence[Sample], padding_side: Literal["left", "right"] = "right", *, idle: bool = False
+    ) -> dict[str, Any]:
+        """What the model's `forward` takes, on the model's device.
+
+        Args:
+            idle: a batch without images gets one that no sample sees, so that all processes run the same modules.
+        """
         pad = self._processor.tokenizer.pad_token_id
         device = self._model.device
         batch: dict[str, Any] = {
             key: value.to(device)
             for key, value in collate(samples, pad_token_id=pad, padding_side=padding_side).items()
         }
+        if padding_side == "right":
+            batch["layout"] = BatchLayout.of_samples(samples, self._model.config.image_token_id)
         images = [path for sample in samples for path in sample.images]
         if images and self._features is not None:
             batch["image_features"] = self._features.batch(images)
@@ -105,7 +124,25 @@ class SampleSet:
             crops = [self._processor.crops(self._image(path), self._data.image_mode) for path in images]
             batch |= image_inputs(crops, [layout for sample in samples for layout in sample.layouts])
             batch["pixel_values"] = batch["pixel_values"].to(device)
+        elif idle and self._sees == "image":
+            batch["idle_images"] = self._idle_images
         return batch
+
+    @cached_property
+    def _idle_images(self) -> dict[str, Any]:
+        device, size = self._model.device, self._processor.layouts.image_size
+        image = Image.new("RGB", (size, size))
+        layout = self._processor.layouts.of_image((size, size))
+        images: dict[str, Any]
+        if self._features is not None:
+            images = {"image_features": self._features.batch([next(iter(self._where))])}
+        else:
+            images = dict(image_inputs([self._processor.crops(image, self._data.image_mode)], [layout]))
+            images["pixel_values"] = images["pixel_values"].to(device)
+        if self._model.connector.requires.instruction:
+            ids = torch.full((1, 1), int(self._processor.tokenizer.pad_token_id), device=device)
+            images |= {"instruction_ids": ids, "instruction_mask": torch.ones_like(ids)}
+        return images
 
     def open_cache(self) -> None:
         """Computes the features and token ids that are not there yet, before anybody waits for a batch.

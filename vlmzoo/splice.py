@@ -149,6 +149,16 @@ def hide_unfilled(
     return attention_mask.masked_fill(nn.functional.pad(hidden, (0, rest)), 0)
 
 
+def last_visible(attention_mask: Tensor, places: Tensor) -> Tensor:
+    """These places of a flattened batch, or where they are hidden the last place before them that is not.
+
+    What follows an image is predicted from its last token, not from slots that none fills.
+    """
+    rows, length = attention_mask.shape
+    flat = torch.arange(rows * length, device=attention_mask.device).view(rows, length)
+    return flat.masked_fill(attention_mask == 0, 0).cummax(1).values.flatten()[places]
+
+
 def positions(attention_mask: Tensor, length: int) -> Tensor:
     """Position ids (batch, length) of the last tokens under a mask: hidden ones take none."""
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]

@@ -30,8 +30,10 @@ from vlmzoo.model import VisionLanguageModel
 from vlmzoo.samples import SampleSet
 from vlmzoo.sweeps.trial import new_model, run_trial
 from vlmzoo.training import run as loop
+from vlmzoo.training.engines import Engine
+from vlmzoo.training.processes import Processes
 from vlmzoo.training.run import flop_counter
-from vlmzoo.training.stages import prepare, rate
+from vlmzoo.training.stages import freeze, rate
 
 Train = Callable[..., Trained]
 
@@ -166,6 +168,11 @@ def test_any_split_of_a_batch_gives_the_same_updates(
         assert found["tokens"] == expected["tokens"]
 
 
+def engine_of(model: VisionLanguageModel, stage: StageConfig, run: RunConfig) -> Engine:
+    freeze(model, stage)
+    return Engine(model, stage, run, set(stage.lr), Processes())
+
+
 def test_the_loss_is_summed_over_targets_and_divided_once(values: dict[str, Any]) -> None:
     run = build.resolve(parse(RunConfig, values))
     model, processor = new_model(run)
@@ -181,9 +188,9 @@ def test_the_loss_is_summed_over_targets_and_divided_once(values: dict[str, Any]
             labels = batch["labels"][0, 1:]
             total += F.cross_entropy(logits[0, :-1], labels, reduction="sum").item()
             count += int((labels != -100).sum())
-    optimizer = prepare(model, stage)
+    engine = engine_of(model, stage, run)
     model.eval()  # without dropout, as above
-    figures = loop.take_step(model, optimizer, data, chosen, stage, "float32")
+    figures = loop.take_step(engine, data, chosen)
     assert figures["loss"] == pytest.approx(total / count, rel=1e-5)
     assert figures["tokens"] == count
 
@@ -226,8 +233,8 @@ def test_the_gradient_is_clipped_over_all_parts(values: dict[str, Any], clip: fl
     run = build.resolve(parse(RunConfig, values))
     stage = dataclasses.replace(run.stages["finetune"], clip=clip)
     model, processor = new_model(run)
-    optimizer = prepare(model, stage)
-    figures = loop.take_step(model, optimizer, SampleSet(model, processor, stage.data), [0, 1], stage, "float32")
+    engine = engine_of(model, stage, run)
+    figures = loop.take_step(engine, SampleSet(model, processor, stage.data), [0, 1])
     gradients = [value.grad for value in model.parameters() if value.grad is not None]
     norm = float(torch.cat([gradient.flatten() for gradient in gradients]).norm())
     assert figures["grad_norm"] > 0.1  # before it is clipped
@@ -240,8 +247,9 @@ def test_what_is_frozen_stays_as_it_is(
     seen: list[tuple[set[str], set[str], int]] = []
     take_step = loop.take_step
 
-    def step(model: VisionLanguageModel, optimizer: torch.optim.Optimizer, *rest: Any) -> dict[str, Any]:
-        figures = take_step(model, optimizer, *rest)
+    def step(engine: Engine, *rest: Any) -> dict[str, Any]:
+        figures = take_step(engine, *rest)
+        model, optimizer = engine.model, engine.optimizer
         training = {name.split(".")[0] for name, module in model.named_modules() if name and module.training}
         moved = {name.split(".")[0] for name, value in model.named_parameters() if value.grad is not None}
         seen.append((training, moved, sum(len(group["params"]) for group in optimizer.param_groups)))
@@ -310,12 +318,12 @@ def test_a_loss_that_is_not_finite_names_its_records(values: dict[str, Any]) -> 
     model, processor = new_model(run)
     stage = run.stages["align"]
     data = SampleSet(model, processor, stage.data)
-    optimizer = prepare(model, stage)
+    engine = engine_of(model, stage, run)
     with torch.no_grad():
         model.get_parameter("language.lm_head.weight").fill_(torch.nan)
     before = {name: value.clone() for name, value in model.connector.state_dict().items()}
     with pytest.raises(ValueError, match=r"loss nan .*records: captions.json\[3\] .*captions.json\[5\]"):
-        loop.take_step(model, optimizer, data, [3, 5], stage, "float32")
+        loop.take_step(engine, data, [3, 5])
     assert same(model.connector.state_dict(), before) == []
 
 

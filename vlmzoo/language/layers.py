@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlmzoo.connector import InLLMLayer, LayerContext
+from vlmzoo.language.packing import Packing
 
 ARGUMENT = "in_llm"
 _current = threading.local()  # the last decoder layer's call, from its pre-hook to its post-hook
@@ -29,8 +30,11 @@ class InLLMCall:
 
     layers: Mapping[int, Sequence[InLLMLayer]]
     context: LayerContext
-    additions: Mapping[int, Tensor]  # layer -> (batch, length, text_dim), zero but at visual positions
+    additions: Mapping[int, Tensor]  # layer -> like the hidden states, zero but at visual positions
+    packing: Packing | None = None  # the hidden states are packed, context and in-LLM layers are not
+    rows: Tensor | None = None  # all that is wanted of the last layer's hidden states, flattened: (rows,)
     reached: set[int] = field(default_factory=set)
+    ended: bool = False  # the rows have been taken
 
     def places(self) -> set[int]:
         return set(self.layers) | set(self.additions)
@@ -39,9 +43,25 @@ class InLLMCall:
         self.reached.add(index)
         if index in self.additions:
             hidden = hidden + self.additions[index].to(hidden.dtype)
-        for layer in self.layers.get(index, ()):
-            hidden = layer(hidden, self.context)
+        if layers := self.layers.get(index, ()):
+            hidden = hidden if self.packing is None else self.packing.unpack(hidden)
+            for layer in layers:
+                hidden = layer(hidden, self.context)
+            hidden = hidden if self.packing is None else self.packing.pack(hidden)
         return hidden
+
+    def end(self, index: int, hidden: Tensor) -> Tensor:
+        """Behind the last layer: (1, rows, text_dim) where rows are wanted."""
+        hidden = self.run(index, hidden)
+        if self.rows is None:
+            return hidden
+        self.ended = True
+        return take_rows(hidden, self.rows)
+
+
+def take_rows(values: Tensor, rows: Tensor) -> Tensor:
+    """(batch, length, dim) -> (1, rows, dim)."""
+    return values.flatten(0, 1).index_select(0, rows)[None]
 
 
 def decoder_layers(language: PreTrainedModel) -> nn.ModuleList:
@@ -93,5 +113,5 @@ def _after(index: int, module: nn.Module, args: tuple, output: Any) -> Any:
     if call is None or output is None:  # None: the layer raised
         return output
     if isinstance(output, torch.Tensor):
-        return call.run(index, output)
-    return (call.run(index, output[0]), *output[1:])
+        return call.end(index, output)
+    return (call.end(index, output[0]), *output[1:])

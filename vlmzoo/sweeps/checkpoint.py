@@ -51,7 +51,8 @@ def evaluate_checkpoint(
     if run.threads is not None:
         torch.set_num_threads(run.threads)
     with build.quiet_transformers():
-        model = to_device(VisionLanguageModel.from_pretrained(folder / "model"))
+        model = VisionLanguageModel.from_pretrained(folder / "model")
+    to_device(model)
     if run.llm.attention is not None:  # not kept in a saved model
         model.language.set_attn_implementation(run.llm.attention)
     processor = VisionLanguageProcessor.from_pretrained(folder / "model")

@@ -19,8 +19,11 @@ from vlmzoo.files import sha256
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow")
 
 
-def manifest(run: RunConfig) -> dict[str, Any]:
+def manifest(run: RunConfig, processes: int = 1) -> dict[str, Any]:
     """All of it, of this process. The run is a resolved one.
+
+    Args:
+        processes: that share the run.
 
     Raises:
         ValueError: a data set that is not there.
@@ -35,6 +38,7 @@ def manifest(run: RunConfig) -> dict[str, Any]:
         | {name: version(name) for name in PACKAGES},
         "git": git(),
         "hardware": hardware(),
+        "processes": processes,
     }
 
 

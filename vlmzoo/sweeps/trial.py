@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from vlmzoo.samples import SampleSet
 from vlmzoo.sweeps.manifest import manifest
 from vlmzoo.sweeps.metrics import read_metrics
 from vlmzoo.sweeps.plan import read_result
+from vlmzoo.training import checkpoint, processes
 from vlmzoo.training.measures import peak_memory_bytes
 from vlmzoo.training.run import moves_vision, train
 from vlmzoo.training.stages import num_steps
@@ -33,28 +35,41 @@ SCHEMA = 2
 def run_trial(run: RunConfig, out: Path, cache: Path | None = None, track: Sequence[str] = ()) -> dict[str, Any]:
     """The run's result.json, written last; a run that has one already is not computed again.
 
+    Of several processes that torchrun started, all train and the first one does the rest: the others return nothing.
+
     Args:
         cache: where features of the frozen encoder are kept and shared; None: nowhere.
         track: trackers of its training.
 
     Raises:
-        ValueError: `out` holds a run of another configuration, or another process works there.
+        ValueError: `out` holds a run of another configuration, another process works there, or these processes cannot
+            share the run.
     """
     run = build.resolve(run)
     if run.threads is not None:
         torch.set_num_threads(run.threads)
-    key = config_hash(run)
-    with locked(out):
-        refuse_other_run(run, out)
-        if (done := read_result(out, key)) is not None:
-            return done
-        write_whole(out / "config.yaml", dump(run))
-        write_json(out / "manifest.json", manifest(run))
+    key, together = config_hash(run), processes.start()
+    processes.check(run, together)
+    with locked(out) if together.first else nullcontext():
+        done = None
+        if together.first:
+            refuse_other_run(run, out)
+            checkpoint.refuse_other_processes(out / "checkpoints", together)
+            done = read_result(out, key)
+        (is_done,) = together.total(done is not None)
+        if is_done:
+            return done or {}
+        if together.first:
+            write_whole(out / "config.yaml", dump(run))
+            write_json(out / "manifest.json", manifest(run, together.world))
         earlier = sum(step["seconds"] for step in read_metrics(out / "metrics.jsonl"))  # of a process that was stopped
         start = time.perf_counter()
         model, processor = new_model(run)
         check_data(run, model, processor)
-        training = train(model, processor, run, out, cache, track)
+        training = train(model, processor, run, out, cache, together, track)
+        if not together.first:
+            return {}
+        to_device(model)
         to_dtype(model, getattr(torch, run.dtype))
         cache = None if moves_vision(run, len(run.stages) - 1) else cache
         evaluation, shuffled = {}, {}
@@ -131,7 +146,11 @@ def new_model(run: RunConfig) -> tuple[VisionLanguageModel, VisionLanguageProces
     """A run's untrained model, on the GPU where there is one, and its processor."""
     model = VisionLanguageModel.of_run(run)
     processor = VisionLanguageProcessor.of_run(run, model)
-    return to_device(model), processor
+    if run.parallel == "ddp":
+        to_device(model)
+    else:  # each process gets its parts of the rest from host memory
+        to_device(model.vision)
+    return model, processor
 
 
 def evaluate_task(
@@ -171,11 +190,10 @@ def save(model: VisionLanguageModel, processor: VisionLanguageProcessor, folder:
         processor.save_pretrained(place)
 
 
-def to_device(model: VisionLanguageModel) -> VisionLanguageModel:
-    """The model on the GPU, where there is one."""
+def to_device(model: nn.Module) -> None:
+    """Moves a model to the GPU, where there is one."""
     if torch.cuda.is_available():
         nn.Module.to(model, "cuda")  # in place; transformers' own `to` has an annotation that checkers cannot follow
-    return model
 
 
 def to_dtype(model: VisionLanguageModel, dtype: torch.dtype) -> None:

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -21,35 +21,41 @@ class Log:
     """metrics.jsonl, cut back to where the run stands, and a progress bar (plain lines without a terminal).
 
     Args:
-        trackers: are told every line too.
+        file: None: nothing is written or shown, as in all processes of a run but the first.
+        trackers: are told every line that is written.
     """
 
-    def __init__(self, file: Path, total: int, trackers: Trackers) -> None:
+    def __init__(self, file: Path | None, total: int, trackers: Trackers) -> None:
         self._trackers = trackers
+        self.first: dict[str, dict[str, Any]] = {}  # stage -> the line of its first step
         self.lines: list[dict[str, Any]] = []
+        self._bar: tqdm | None = None
+        self._samples, self._seconds = 0, 0.0
+        self._said = time.monotonic()
+        self._file: TextIO | None = None
+        if file is None:
+            return
         if file.is_file():
             whole = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
             self.lines = [line for line in map(json.loads, whole) if line["total"] < total]
-        self.first: dict[str, dict[str, Any]] = {}  # stage -> the line of its first step
         for line in self.lines:
             self.first.setdefault(line["stage"], line)
         write_whole(file, "".join(json.dumps(line) + "\n" for line in self.lines))  # killed here, nothing is lost
         self._file = file.open("a", encoding="utf-8")
-        self._bar: tqdm | None = None
-        self._samples, self._seconds = 0, 0.0
-        self._said = time.monotonic()
 
     def stage(self, name: str, start: int, num_steps: int) -> None:
         """A stage begins, or goes on at `start`."""
         self._end_bar()
         self._name, self._num_steps = name, num_steps
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and self._file is not None:
             self._bar = tqdm(desc=name, initial=start, total=num_steps, unit="step", file=sys.stderr)
 
     def write(self, line: dict[str, Any]) -> None:
         """One step's figures, `seconds` and `samples` among them."""
         self.lines.append(line)
         self.first.setdefault(line["stage"], line)
+        if self._file is None:
+            return
         try:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()

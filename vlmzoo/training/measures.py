@@ -6,7 +6,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from types import TracebackType
 from typing import Any
@@ -39,6 +39,12 @@ def part_norms(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {part: nn.utils.get_total_norm(found) for part, found in gradients.items() if found}
 
 
+def fetched(norms: Sequence[Any]) -> list[float]:
+    """Norms as numbers, all at once: each fetch waits for a GPU. Those of sharded gradients are put together first."""
+    whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+    return torch.stack(whole).tolist()
+
+
 def rates(line: Mapping[str, Any], first: Mapping[str, Any], peak: float) -> dict[str, float]:
     """What a line of metrics.jsonl comes to per second, data included.
 
@@ -48,7 +54,7 @@ def rates(line: Mapping[str, Any], first: Mapping[str, Any], peak: float) -> dic
 
     Args:
         first: the line of the stage's first step; where it is of before all tokens were counted, no FLOPs are known.
-        peak: the FLOP/s that `mfu` is a share of.
+        peak: the FLOP/s of all processes together, that `mfu` is a share of.
     """
     seconds = line["seconds"]
     found = {

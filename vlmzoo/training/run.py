@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -12,20 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from vlmzoo.config import RunConfig, StageConfig, config_hash
-from vlmzoo.data.order import batches
+from vlmzoo.config import RunConfig, config_hash
 from vlmzoo.data.samples import IGNORE
+from vlmzoo.language.packing import packs
 from vlmzoo.model import VisionLanguageModel
 from vlmzoo.processor import VisionLanguageProcessor
 from vlmzoo.samples import SampleSet
 from vlmzoo.training import checkpoint
 from vlmzoo.training.checkpoint import Progress
+from vlmzoo.training.engines import Engine, make_engine
 from vlmzoo.training.log import Log
-from vlmzoo.training.measures import Stopwatch, matmul_rate, part_norms, peak_memory_bytes, rates
-from vlmzoo.training.stages import num_steps, prepare, rate
+from vlmzoo.training.measures import Stopwatch, matmul_rate, peak_memory_bytes, rates
+from vlmzoo.training.processes import Processes
+from vlmzoo.training.stages import freeze, num_steps, rate
 from vlmzoo.training.trackers import Trackers
 
 
@@ -43,20 +46,23 @@ def train(
     run: RunConfig,
     out: Path,
     cache: Path | None = None,
+    processes: Processes = Processes(),  # noqa: B008  # frozen
     track: Sequence[str] = (),
 ) -> TrainingResult:
     """Trains every stage of a run; called again after any end, it goes on to the same weights, bit for bit.
 
     Args:
         cache: where features of frozen encoders and token ids are kept and shared; None: computed at every step.
+        processes: that call this together; the first one writes what there is one of.
         track: the trackers that are told every line of metrics.jsonl, of `trackers.TRACKERS`.
 
     Raises:
         ValueError: data, a configuration or a checkpoint that cannot be used, or a loss that is not finite.
     """
     key, folder = config_hash(run), out / "checkpoints"
-    position, weights, state = checkpoint.load(folder, key) or (Progress(), {}, None)
-    log = Log(out / "metrics.jsonl", position.total, Trackers(track, run, out, position.total))
+    position, place = checkpoint.find(folder, key, processes) or (Progress(), None)
+    trackers = Trackers(track, run, out, position.total)
+    log = Log(out / "metrics.jsonl" if processes.first else None, position.total, trackers)
     trainable: dict[str, int] = {}
     for index, (name, stage) in enumerate(run.stages.items()):
         moving = moves_vision(run, index)
@@ -64,104 +70,104 @@ def train(
         total = num_steps(stage, len(data))
         if total == 0:
             continue
-        optimizer = prepare(model, stage)
-        trainable[name] = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+        freeze(model, stage)
+        trainable[name] = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         if index < position.stage:
             continue
-        if weights:
-            checkpoint.restore(model, weights)
-            weights = {}
         start = position.step if index == position.stage else 0
-        if start and state is not None:
-            optimizer.load_state_dict(state)
+        before = position.total - start if index == position.stage else position.total
+        if place is not None:
+            checkpoint.restore(model, load_file(place / checkpoint.WEIGHTS))
         model.checkpoint_activations(stage.gradient_checkpointing)
         data.open_cache()
         log.stage(name, start, total)
-        before = position.total - start if index == position.stage else position.total
-        order = batches(len(data), stage.batch_size, run.seed.data, start)
-        with deferred_interrupt() as interrupted:
+        order = data.order(stage, run.seed.data, start)
+        kept = {part for earlier in list(run.stages.values())[: index + 1] for part in earlier.lr}
+        with deferred_interrupt() as interrupted, packs(model.language, stage.packing):
+            engine = make_engine(model, stage, run, kept, processes)
+            if place is not None and start:
+                engine.load(place)
+            place = None
             for step in range(start, total):
                 began = time.perf_counter()
-                for group in optimizer.param_groups:
+                for group in engine.optimizer.param_groups:
                     group["lr"] = group["peak"] * rate(stage, step, total)
                 counter = flop_counter() if step == 0 else nullcontext()
-                with seeded(run.seed.dropout, index, step), counter:
-                    where = f"stage {name}, step {step}: "
-                    figures = take_step(model, optimizer, data, next(order), stage, run.dtype, where)
+                seeds = (run.seed.dropout, index, step, *([processes.rank] if processes.rank else []))
+                with seeded(*seeds), counter:
+                    figures = take_step(engine, data, next(order), f"stage {name}, step {step}: ")
                 if isinstance(counter, FlopCounterMode):
-                    figures["flops"] = counter.get_total_flops()
-                position = Progress(index, step + 1, before + step + 1)
+                    figures["flops"] = int(processes.total(counter.get_total_flops())[0])
                 line = {
                     "stage": name,
                     "step": step,
                     "num_steps": total,
                     "total": before + step,
                     **figures,
-                    "lr": {group["part"]: group["lr"] for group in optimizer.param_groups},
+                    "lr": {group["part"]: group["lr"] for group in engine.optimizer.param_groups},
                     "seconds": time.perf_counter() - began,
                     "peak_memory_bytes": peak_memory_bytes(),
                 }
-                peak = matmul_rate(str(model.device), getattr(torch, run.dtype))
-                log.write(line | {"rates": rates(line, log.first.get(name, line), peak)})
+                if processes.first:
+                    peak = processes.world * matmul_rate(str(processes.device), getattr(torch, run.dtype))
+                    line["rates"] = rates(line, log.first.get(name, line), peak)
+                log.write(line)
+                (stop,) = processes.total(interrupted.is_set())
+                position = Progress(index, step + 1, before + step + 1)
                 if step + 1 == total:
+                    engine.finish()
                     position = Progress(index + 1, 0, before + total)
-                if step + 1 == total or (step + 1) % run.checkpoint_every == 0 or interrupted.is_set():
-                    checkpoint.save(folder, position, key, trained_weights(model, run, index), optimizer)
-                if interrupted.is_set():
+                    checkpoint.save(folder, position, key, engine.save_finished, processes)
+                elif stop or (step + 1) % run.checkpoint_every == 0:
+                    checkpoint.save(folder, position, key, engine.save, processes)
+                if stop:
                     raise KeyboardInterrupt
-    if weights:
-        checkpoint.restore(model, weights)  # every stage lies behind
+    if place is not None:
+        checkpoint.restore(model, load_file(place / checkpoint.WEIGHTS))  # every stage lies behind
     log.close()
     model.eval().requires_grad_(False)
     return TrainingResult(log.samples_per_second, log.final_loss(), trainable, log.flops)
 
 
-def take_step(
-    model: VisionLanguageModel,
-    optimizer: torch.optim.Optimizer,
-    data: SampleSet,
-    indices: Sequence[int],
-    stage: StageConfig,
-    dtype: str,
-    where: str = "",
-) -> dict[str, Any]:
+def take_step(engine: Engine, data: SampleSet, indices: Sequence[int], where: str = "") -> dict[str, Any]:
     """One update from these records: the loss summed over all their targets, divided once by how many there are.
 
     Args:
+        indices: of the whole step, which all processes are given.
         where: begins the message of what is raised.
 
     Raises:
-        ValueError: the loss or its gradient is not finite; nothing has been updated, and the message names the records.
+        ValueError: the loss or its gradient is not finite; nothing has been written, and the message names the records.
     """
-    waiting = Stopwatch()
+    processes, stage, waiting = engine.processes, engine.stage, Stopwatch()
     with waiting:
-        samples = data.samples(indices)
-    num_targets = sum(label != IGNORE for sample in samples for label in sample.labels[1:])
-    optimizer.zero_grad(set_to_none=True)
-    loss, size = 0.0, stage.micro_batch_size or len(samples)
-    for start in range(0, len(samples), size):
+        parts = [data.samples(part) for part in processes.micro_batches(indices, stage.micro_batch_size)]
+    own = sum(label != IGNORE for part in parts for sample in part for label in sample.labels[1:])
+    read = sum(len(sample.input_ids) for part in parts for sample in part)
+    num_targets, num_tokens = processes.total(own, read)
+    engine.clear()
+    losses = []
+    for number, part in enumerate(parts):
         with waiting:
-            batch = data.batch(samples[start : start + size])
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            part = model(**batch, num_items_in_batch=num_targets).loss
-        if part.requires_grad:  # not where all is frozen that text alone would reach
-            part.backward()
-        loss += part.item()
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norms = part_norms(optimizer)
-    norm = nn.utils.clip_grad_norm_(parameters, stage.clip if stage.clip is not None else float("inf"))
-    if not (torch.isfinite(norm) and torch.isfinite(torch.tensor(loss))):
-        names = ", ".join(sample.record.where for sample in samples)
-        raise ValueError(f"{where}loss {loss} with gradient norm {norm.item()}: expected finite ones; records: {names}")
-    optimizer.step()
-    total, *parts = torch.stack([norm, *norms.values()]).tolist()  # at once: each fetch waits for a GPU
+            batch = data.batch(part, idle=processes.world > 1)
+        if stage.packing:
+            batch["packing"] = True
+        losses.append(engine.backward(batch, num_targets, last=number + 1 == len(parts)))
+    (loss,) = processes.total(float(torch.stack(losses).sum()))
+
+    def check(norm: float) -> None:
+        if not (math.isfinite(norm) and math.isfinite(loss)):
+            names = ", ".join(data.records[index].where for index in indices)
+            raise ValueError(f"{where}loss {loss} with gradient norm {norm}: expected finite ones; records: {names}")
+
+    norm, norms = engine.update(check)
     return {
         "loss": loss,
-        "grad_norm": total,
-        "grad_norms": dict(zip(norms, parts, strict=True)),
-        "tokens": num_targets,
-        "all_tokens": sum(len(sample.input_ids) for sample in samples),
-        "samples": len(samples),
+        "grad_norm": norm,
+        "grad_norms": norms,
+        "tokens": int(num_targets),
+        "all_tokens": int(num_tokens),
+        "samples": len(indices),
         "data_seconds": waiting.seconds,
     }
 
@@ -169,14 +175,6 @@ def take_step(
 def moves_vision(run: RunConfig, index: int) -> bool:
     """Whether the encoder's features change in this stage, or have changed in one before it."""
     return any("vision" in stage.lr and stage.steps != 0 for stage in list(run.stages.values())[: index + 1])
-
-
-def trained_weights(model: nn.Module, run: RunConfig, index: int) -> dict[str, Tensor]:
-    """All weights that differ from the run's sources at the end of a stage; tied ones once."""
-    parts = {part for stage in list(run.stages.values())[: index + 1] for part in stage.lr}
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    kept = set(model.state_dict())
-    return {name: value for name, value in named.items() if name.split(".")[0] in parts and name in kept}
 
 
 def flop_counter() -> FlopCounterMode:
@@ -204,19 +202,25 @@ def seeded(*seeds: int) -> Iterator[None]:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event instead of stopping in the middle of an update; a second one stops at once."""
+    """Ctrl-C sets the event instead of stopping in the middle of an update; a second one stops at once.
+
+    SIGTERM does the same: schedulers send it before they take a machine away.
+    """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
-    previous = signal.getsignal(signal.SIGINT)
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(signum: int, frame: Any) -> None:
         event.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in previous:
+            signal.signal(number, signal.default_int_handler)
 
-    signal.signal(signal.SIGINT, note)
+    for number in previous:
+        signal.signal(number, note)
     try:
         yield event
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

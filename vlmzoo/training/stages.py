@@ -28,8 +28,8 @@ def num_steps(stage: StageConfig, num_records: int) -> int:
     return steps
 
 
-def prepare(model: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
-    """Freezes all parts but those with a learning rate, and gives an optimizer over these alone.
+def freeze(model: nn.Module, stage: StageConfig) -> None:
+    """Freezes all that has no learning rate.
 
     Trained parts hold float32 weights whatever the run computes in; frozen ones keep the run's type and stay in eval
     mode, without gradients or optimizer state.
@@ -38,7 +38,6 @@ def prepare(model: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
         ValueError: a part that has a learning rate has no parameter to train.
     """
     model.eval().requires_grad_(False)
-    groups: list[dict[str, Any]] = []
     for part in PARTS:
         if part not in stage.lr:
             continue
@@ -49,8 +48,16 @@ def prepare(model: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
             parameter.requires_grad_(True)
         if not parameters:
             raise ValueError(f"stage trains {part!r}, which has no parameter to train")
-        groups.append({"params": parameters, "lr": stage.lr[part], "peak": stage.lr[part], "part": part})
-    return torch.optim.AdamW(groups, betas=stage.betas, weight_decay=stage.weight_decay)
+
+
+def make_optimizer(model: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
+    """AdamW over what `freeze` left to train, each part at its own rate."""
+    groups: list[dict[str, Any]] = []
+    for part in PARTS:
+        if part in stage.lr:
+            parameters = [parameter for parameter in getattr(model, part).parameters() if parameter.requires_grad]
+            groups.append({"params": parameters, "lr": stage.lr[part], "peak": stage.lr[part], "part": part})
+    return torch.optim.AdamW(groups, betas=stage.betas, weight_decay=stage.weight_decay, fused=True)
 
 
 def rate(stage: StageConfig, step: int, total: int) -> float:
