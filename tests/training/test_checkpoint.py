@@ -39,9 +39,19 @@ def halve(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "state.json", "sha256.json"])
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("00000008", "model.safetensors"),
+        ("00000008", "state.json"),
+        ("00000008", "sha256.json"),
+        ("00000007", "optimizer.pt"),
+        ("00000007", "model.safetensors"),
+    ],
+)
 @pytest.mark.parametrize("harm", [flip, halve, Path.unlink])
 def test_a_damaged_one_is_passed_over(
+    place: str,
     name: str,
     harm: Callable[[Path], None],
     trained: tuple[Path, dict[str, torch.Tensor]],
@@ -51,7 +61,9 @@ def test_a_damaged_one_is_passed_over(
 ) -> None:
     out, expected = trained
     before = metrics(out)
-    harm(out / "checkpoints" / "00000008" / name)
+    if place == "00000007":  # within a stage; without the last one it would be the next to go on from
+        shutil.rmtree(out / "checkpoints" / "00000008")
+    harm(out / "checkpoints" / place / name)
     found, _ = train_in(values, out)
     assert "checkpoint passed over: " in capsys.readouterr().err
     assert all(torch.equal(found[key], value) for key, value in expected.items())

@@ -120,7 +120,7 @@ def refuse_other_processes(folder: Path, processes: Processes) -> None:
 def _check_processes(place: Path, begun: int, world: int) -> None:
     if begun != world:
         raise ValueError(
-            f"{place}: was written by {begun} processes, these are {world}; expected as many, or another --out"
+            f"{place}: was written by {begun} processes, {world} would go on; expected as many, or another --out"
         )
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vlmzoo.config import Parallel, RunConfig, StageConfig
+from vlmzoo.connector import VisualTokens
 from vlmzoo.language.layers import decoder_layers
 from vlmzoo.model import VisionLanguageModel
 from vlmzoo.training import checkpoint
@@ -187,16 +188,15 @@ class FSDP2Engine(ShardedEngine):
             (layer, {"mp_policy": half} if half else {}) for layer in decoder_layers(shared.language)
         ]
         units += [(layer, {}) for layers in shared.in_llm_layers.values() for layer in layers]
-        # Their results are no plain tensors, so that nothing would gather their weights again for the backward pass.
-        units += [(part, {"reshard_after_forward": False}) for part in self.called_apart(shared)]
+        # All else stays gathered until the backward pass: embeddings, head, connector, an encoder that is trained. They
+        # are called as often as there are images, and what they return is no plain tensor that FSDP would look at.
         for module, options in [*units, (shared, {"reshard_after_forward": False})]:
             if any(True for _ in module.parameters()):
                 fully_shard(module, mesh=mesh, **options)
-                cast(Any, module).set_gradient_divide_factor(1.0)
+                unit: Any = module
+                unit.set_gradient_divide_factor(1.0)  # the loss is divided once, by all targets
+                unit.set_force_sum_reduction_for_comms(True)
         return shared
-
-    def called_apart(self, shared: VisionLanguageModel) -> list[nn.Module]:
-        return [shared.connector, *([shared.vision.model] if self.moves_vision else [])]
 
     def save_shard(self, place: Path) -> None:
         rank = self.processes.rank
@@ -258,17 +258,22 @@ class ZeROEngine(ShardedEngine):
             "steps_per_print": 2**31,
         }
         backend = "nccl" if self.processes.device.type == "cuda" else "gloo"
+        # Told that it is on a CPU, accelerate would silently take DDP.
         self.accelerator = Accelerator(
-            cpu=self.processes.device.type == "cpu",
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
             kwargs_handlers=[InitProcessGroupKwargs(backend=backend)],
         )
         check_processes(self.accelerator.num_processes, self.processes)
-        if stage == 3 and not self.model.in_llm_layers:
-            from deepspeed.utils import set_z3_leaf_modules
-
-            set_z3_leaf_modules(self.model, [type(self.model.connector)])  # it calls its parts as often as images need
+        connector = self.model.connector
+        if stage == 3 and connector.tiles is not None:
+            raise ValueError(
+                f"parallel zero3: connector {self.run.connector.name!r} cuts images into tiles, and zero3 gathers its "
+                f"weights for each kind of them, of which processes have different numbers; expected parallel: fsdp2"
+            )
+        # DeepSpeed's hooks, between these two, look for tensors in a dictionary, but not in a class of ours.
+        connector.register_forward_hook(lambda module, args, output: dict(vars(output)))
         self.module, self.optimizer = cast(Any, self.accelerator.prepare(self.model, self.optimizer))
+        connector.register_forward_hook(lambda module, args, output: VisualTokens(**output))
 
     def differentiate(self, loss: Tensor, last: bool) -> None:
         self.module.set_gradient_accumulation_boundary(last)
@@ -290,6 +295,14 @@ class ZeROEngine(ShardedEngine):
     def load(self, place: Path) -> None:
         # DeepSpeed unpickles: these are our own files, which have just been held to their hashes.
         self.module.load_checkpoint(str(place), tag="zero", load_module_strict=False)
+
+    def finish(self) -> None:
+        from accelerate.state import AcceleratorState
+
+        super().finish()
+        self.module.destroy()
+        self.accelerator.free_memory()
+        AcceleratorState._reset_state(reset_partial_state=True)  # the next stage brings a configuration of its own
 
     def whole(self, value: Tensor) -> Tensor:
         import deepspeed

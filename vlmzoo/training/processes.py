@@ -76,6 +76,11 @@ def check(run: RunConfig, processes: Processes) -> None:
                 f"stages.{name}.lr.vision: zero3 gathers the encoder's weights for each chunk of images, of which "
                 f"processes have different numbers; expected parallel: fsdp2"
             )
+        if run.parallel == "zero3" and world > 1 and stage.data.image_mode == "native":
+            raise ValueError(
+                f"stages.{name}.data.image_mode: zero3 gathers the connector's weights for each size of image, "
+                f"of which processes have different numbers; expected square or pad, or parallel: fsdp2"
+            )
 
 
 def start(environment: Mapping[str, str] = os.environ) -> Processes:
