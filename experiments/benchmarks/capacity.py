@@ -39,10 +39,11 @@ from experiments.benchmarks.capacity_model import (
     activations,
     connector,
     encoder,
-    hours,
+    host_memory,
     memory,
     plan,
     run_hours,
+    stage_hours,
     step,
     traffic,
     work,
@@ -82,11 +83,11 @@ def samples_table() -> str:
 
 def published_table() -> str:
     rows = []
-    for stage in (ALIGN, TUNE):
+    for index, stage in enumerate((ALIGN, TUNE)):
         for llm in LLMS:
             published = PUBLISHED[llm.name, stage.name]
             needed = stage.samples * work(stage, "mlp", llm).flops
-            planned = hours(stage, "mlp", llm, A100, 8, STRATEGIES)
+            planned = (stage_hours("mlp", llm, A100, NODE) or (None, None))[index]
             mfu = needed / (published * 3600 * 8 * A100.flops)
             rows.append(
                 [f"{llm.name}, {stage.name}", f"{needed / 1e18:.1f}", time(published), percent(mfu), time(planned)]
@@ -100,8 +101,8 @@ def runs_table() -> str:
     for name in CONNECTORS:
         row = [f"`{name}`"]
         for llm, gpu in pairs:
-            parts = [hours(stage, name, llm, gpu, 8, STRATEGIES) for stage in (ALIGN, TUNE)]
-            row.append(" + ".join("–" if part is None else f"{part:.1f}" for part in parts))
+            parts = stage_hours(name, llm, gpu, NODE)
+            row.append("–" if parts is None else " + ".join(f"{part:.1f}" for part in parts))
         rows.append(row)
     return table(["hours on 8 GPUs", *(f"{llm.name}, {gpu.name}" for llm, gpu in pairs)], rows)
 
@@ -138,8 +139,8 @@ def scaling_table() -> str:
 
 def memory_table() -> str:
     rows = []
-    for strategy, gpus in ((LORA, 1), ("ddp", 8), ("zero2", 8), ("fsdp2", 8), ("fsdp2", 64)):
-        shown = "`fsdp2`, `zero3`" if strategy == "fsdp2" else f"`{strategy}`" if strategy != LORA else "`ddp`, LoRA"
+    for strategy, gpus in ((LORA, 1), ("ddp", 8), ("zero2", 8), ("fsdp2", 8), ("fsdp2", 64), ("zero3", 8)):
+        shown = f"`{strategy}`" if strategy != LORA else "`ddp`, LoRA"
         row = [shown, "any" if strategy in ("ddp", LORA) else str(gpus)]
         for llm in LLMS:
             found = memory(TUNE, "mlp", llm, strategy, gpus)
@@ -174,8 +175,7 @@ def parts_table() -> str:
     rows = []
     for stage in (ALIGN, TUNE):
         for name in ("mlp", "qformer", "gated_cross_attention"):
-            strategy = "fsdp2" if stage.trains_llm else "ddp"
-            found, spent = work(stage, name, llm), step(stage, name, llm, strategy, gpu, gpus)
+            found, spent = work(stage, name, llm), step(stage, name, llm, "fsdp2", gpu, gpus)
             shares = (found.encoder, found.connector, found.llm_forward, found.llm_backward, found.head)
             computing = [spent.computing * part / found.flops / spent.seconds for part in shares]
             waited = max(0.0, spent.communication - spent.computing)
@@ -195,10 +195,9 @@ def traffic_table() -> str:
             for gpus in (8, 32):
                 spent = step(TUNE, "mlp", llm, strategy, H100, gpus)
                 where = "one node" if gpus <= NODE else f"{gpus // NODE} nodes"
-                shown = "`fsdp2`, `zero3`" if strategy == "fsdp2" else f"`{strategy}`"
                 rows.append(
                     [
-                        f"{llm.name}, {shown}",
+                        f"{llm.name}, `{strategy}`",
                         f"{gpus} ({where})",
                         gb(traffic(TUNE, "mlp", llm, strategy, gpus)),
                         f"{spent.communication:.2f} s",
@@ -314,6 +313,14 @@ def disk_text() -> str:
     )
 
 
+def host_text() -> str:
+    sizes = " and ".join(f"{gb(host_memory(llm))} GB ({llm.name})" for llm in LLMS)
+    return (
+        "With `zero2`, `fsdp2` and `zero3` every process also keeps the whole model in the machine's own memory: "
+        f"eight of a node {sizes}, and once more while they share it out."
+    )
+
+
 def largest_text() -> str:
     runs = NUM_SEEDS * len(CONNECTORS)
     slowest = [(llm.name, max(run_hours(name, llm, H100, 32) or math.nan for name in CONNECTORS)) for llm in LLMS]
@@ -331,6 +338,7 @@ MADE: dict[str, Callable[[], str]] = {
     "study": study_table,
     "scaling": scaling_table,
     "memory": memory_table,
+    "host": host_text,
     "activations": activations_table,
     "parts": parts_table,
     "traffic": traffic_table,

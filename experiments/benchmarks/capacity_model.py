@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
@@ -252,7 +252,7 @@ def work(stage: Stage, name: str, llm: Llm, lora: bool = False) -> Work:
 
 # Memory and communication
 
-STRATEGIES = ("ddp", "zero2", "fsdp2")  # of memory and traffic zero3 is as fsdp2
+STRATEGIES = ("ddp", "zero2", "fsdp2", "zero3")
 LORA = "ddp + LoRA"
 
 
@@ -300,9 +300,12 @@ def memory(stage: Stage, name: str, llm: Llm, strategy: str, gpus: int) -> Memor
     """Trained weights, gradients and both moments are float32 (4 + 4 + 8 bytes), frozen weights bf16."""
     trained, frozen = parameters(stage, name, llm, strategy)
     active = activations(stage, name, llm, lora=strategy == LORA)
-    if strategy == "fsdp2":
+    if strategy in ("fsdp2", "zero3"):
         gathered = 2 * 6 * llm.layer_parameters  # this layer and the next: bf16 weights, float32 gradients
-        return Memory((4 * trained + 2 * frozen) / gpus + gathered, 4 * trained / gpus, 8 * trained / gpus, active)
+        copies = 2 * trained if strategy == "zero3" else 0  # autocast's, kept until the forward pass ends
+        return Memory(
+            (4 * trained + 2 * frozen) / gpus + gathered + copies, 4 * trained / gpus, 8 * trained / gpus, active
+        )
     shards = gpus if strategy == "zero2" else 1
     return Memory(6 * trained + 2 * frozen, 4 * trained / shards, 8 * trained / shards, active)
 
@@ -314,13 +317,19 @@ def traffic(stage: Stage, name: str, llm: Llm, strategy: str, gpus: int) -> floa
     once = (gpus - 1) / gpus
     if strategy == "zero2":
         return once * (4 * trained * micro + 4 * trained)
-    if strategy == "fsdp2":
-        return once * micro * (2 * 2 * (trained + frozen) + 4 * trained)
+    if strategy in ("fsdp2", "zero3"):  # weights twice, forward and backward; zero3 gathers what it trains in float32
+        width = 4 if strategy == "zero3" else 2
+        return once * micro * (2 * (width * trained + 2 * frozen) + 4 * trained)
     return once * 2 * 4 * trained
 
 
 def micro_batches(stage: Stage, name: str, llm: Llm, gpus: int) -> int:
     return math.ceil(stage.batch / gpus / micro_batch(stage, name, llm))
+
+
+def host_memory(llm: Llm) -> float:
+    """Bytes on a node: where weights are shared out, each process also keeps the whole model there."""
+    return NODE * 4 * llm.parameters
 
 
 # Time
@@ -356,20 +365,27 @@ def link(gpu: Gpu, gpus: int) -> float:
     return gpu.link if gpus <= NODE else min(gpu.link, gpu.network)
 
 
-def hours(stage: Stage, name: str, llm: Llm, gpu: Gpu, gpus: int, strategies: Sequence[str]) -> float | None:
-    """With the fastest strategy that fits; None: none does."""
-    fitting = [s for s in strategies if memory(stage, name, llm, s, gpus).total <= FITS * gpu.memory]
-    steps = math.ceil(stage.samples / stage.batch)
-    return min((step(stage, name, llm, s, gpu, gpus).seconds * steps / 3600 for s in fitting), default=None)
+def hours(stage: Stage, name: str, llm: Llm, gpu: Gpu, gpus: int, strategy: str) -> float | None:
+    """None: it does not fit."""
+    if memory(stage, name, llm, strategy, gpus).total > FITS * gpu.memory:
+        return None
+    return step(stage, name, llm, strategy, gpu, gpus).seconds * math.ceil(stage.samples / stage.batch) / 3600
+
+
+def stage_hours(name: str, llm: Llm, gpu: Gpu, gpus: int, *, lora: bool = False) -> tuple[float, float] | None:
+    """Both stages with the fastest strategy in which both fit; None: there is none."""
+    found = []
+    for strategy in [LORA] if lora else STRATEGIES:
+        first = hours(ALIGN, name, llm, gpu, gpus, "ddp" if lora else strategy)
+        second = hours(TUNE, name, llm, gpu, gpus, strategy)
+        if first is not None and second is not None:
+            found.append((first, second))
+    return min(found, key=sum, default=None)
 
 
 def run_hours(name: str, llm: Llm, gpu: Gpu, gpus: int, *, lora: bool = False) -> float | None:
-    """Both stages."""
-    found = [
-        hours(ALIGN, name, llm, gpu, gpus, ["ddp"]),
-        hours(TUNE, name, llm, gpu, gpus, [LORA] if lora else STRATEGIES),
-    ]
-    return None if None in found else sum(part for part in found if part is not None)
+    found = stage_hours(name, llm, gpu, gpus, lora=lora)
+    return None if found is None else sum(found)
 
 
 @dataclass(frozen=True)
