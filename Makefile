@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help sweep sweep-full test test-zoo test-timm test-interpreted test-kernels lint docs bench bench-env gpu
+.PHONY: help sweep sweep-full test test-zoo test-timm test-interpreted test-kernels test-scale lint docs bench bench-env gpu
 help:
 	@echo "make sweep       compare five connectors on the embedded world (about 12 minutes on two cores)"
 	@echo "make sweep-full  the same with two encoders, two LLMs, five seeds and several times the steps (six hours)"
@@ -10,9 +10,10 @@ help:
 	@echo "make test-zoo    of these, connectors and imported models alone"
 	@echo "make test-timm   of these, those that need timm"
 	@echo "make test-kernels  the kernels at every size, under Triton's interpreter and compiled for two GPUs (four minutes)"
+	@echo "make test-scale  two processes by DDP, FSDP2 and ZeRO, and a run that is killed again and again (ten minutes)"
 	@echo "make bench       the kernels' time and memory against their peers, on this machine (eight minutes on two cores)"
 	@echo "make gpu         the kernels on this machine's GPU: tests, the fastest tiles, and a table (nine minutes)"
-	@echo "make docs        docs/connectors.md and docs/parity.md, from what the code does"
+	@echo "make docs        docs/connectors.md, docs/parity.md and the tables of docs/scale.md, from what the code does"
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("vlmzoo needs Python >= 3.11, this is " + sys.version)'
@@ -60,10 +61,11 @@ gpu:
 
 docs: .venv/timm
 	$(BIN)/python -m vlmzoo.sweeps.cards docs
+	$(BIN)/python -m experiments.benchmarks.capacity docs/scale.md
 	PYTHONPATH=.venv/timm $(BIN)/python -m tests.interop.parity docs
 
 test: lint test-timm test-interpreted
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not kernels"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not kernels and not scale"
 
 # Triton reads TRITON_INTERPRET when a kernel's file is imported: a process of its own.
 INTERPRETED := TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 \
@@ -75,6 +77,10 @@ test-interpreted: .venv/installed
 test-kernels: .venv/installed
 	$(INTERPRETED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 tests/kernels
+
+# Several processes every way, more kills; the first run compiles an operator of DeepSpeed's (a minute).
+test-scale: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 tests/training -m scale
 
 test-timm: .venv/timm
 	PYTHONPATH=.venv/timm OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/interop tests/vision -m timm

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from vlmzoo import __version__, commands
 from vlmzoo.registry import unknown
+from vlmzoo.training.trackers import TRACKERS
 
 Arguments = Callable[[argparse.ArgumentParser], None]
 
@@ -126,6 +127,17 @@ def _plugin(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _track(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--track",
+        metavar="NAME",
+        type=_one_of("tracker", *TRACKERS),
+        action="append",
+        default=[],
+        help=f"show the figures of training there too: {', '.join(TRACKERS)}; may be given several times",
+    )
+
+
 def _json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
 
@@ -176,6 +188,8 @@ def _train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache", metavar="DIR", type=Path, help="where features and token ids are kept (default: OUT/cache)"
     )
+    parser.add_argument("--no-cache", action="store_true", help="keep none, and compute them in every step")
+    _track(parser)
     _plugin(parser)
 
 
@@ -211,6 +225,7 @@ def _sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", type=Path, help="its directory (default: runs/<name of the YAML>)")
     parser.add_argument("--workers", metavar="N", type=int, help="trials at a time (default: as many as cores or GPUs)")
     parser.add_argument("--dry-run", action="store_true", help="only show the trials, and which are done")
+    _track(parser)
     _plugin(parser)
     _json(parser)
 

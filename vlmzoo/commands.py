@@ -80,7 +80,11 @@ def _shown(name: str, results: Iterable[Result], *, quiet: bool) -> list[Result]
 
 def train(args: argparse.Namespace) -> int:
     from vlmzoo.config import RunConfig, load
+    from vlmzoo.training import trackers
 
+    trackers.check(args.track)
+    if args.no_cache and args.cache:
+        raise ValueError("--no-cache: --cache was given too")
     run = load(RunConfig, args.config, args.overrides)
     out = args.out or RUNS / args.config.stem
 
@@ -89,7 +93,7 @@ def train(args: argparse.Namespace) -> int:
     from vlmzoo.sweeps.trial import run_trial
 
     build.load_connectors(args.plugin)
-    result = run_trial(run, out, args.cache or out / "cache")
+    result = run_trial(run, out, None if args.no_cache else args.cache or out / "cache", args.track)
     if not result:  # one of several processes, of which the first one tells
         return 0
     _print_scores(result["evaluation"])
@@ -137,7 +141,9 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def sweep(args: argparse.Namespace) -> int:
     from vlmzoo.config import SweepConfig, load
+    from vlmzoo.training import trackers
 
+    trackers.check(args.track)
     study = load(SweepConfig, args.config, args.overrides)
     if args.workers is not None and args.workers < 1:
         raise ValueError(f"--workers: expected at least 1, got {args.workers}")
@@ -155,7 +161,7 @@ def sweep(args: argparse.Namespace) -> int:
         study = resolve(study)
         trials = plan(study, out)
         if not args.dry_run:
-            outcome = run_sweep(study, out, train_command(out / "cache", args.plugin), workers=args.workers)
+            outcome = run_sweep(study, out, train_command(out / "cache", args.plugin, args.track), workers=args.workers)
     if args.dry_run:
         if args.json:
             keys = ("hash", "connector", "encoder", "llm", "seed")

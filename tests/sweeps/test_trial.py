@@ -167,7 +167,7 @@ def test_a_sweep_of_real_trials(
     assert "report.html" in shown
     rows = json.loads((out / "summary.json").read_text())["rows"]
     assert {row["connector"]: row["visual_tokens"] for row in rows} == {"linear": 9, "halves": 5}
-    assert len(list((out / "cache" / "features").glob("*.lock"))) == 1
+    assert len(list((out / "cache" / "features").glob("*/*.safetensors"))) == 1
     before = {file: file.stat().st_mtime_ns for file in out.glob("trials/*/result.json")}
     assert len(before) == 2
     assert main([*command, "--json"]) == 0

@@ -47,7 +47,10 @@ def train_in() -> Callable[..., Trained]:
     return run
 
 
+CLOCK = {"seconds", "data_seconds", "rates", "peak_memory_bytes"}
+
+
 def metrics(out: Path) -> list[dict[str, Any]]:
-    """Every line but its time."""
+    """Every line but its time and memory."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]

@@ -122,7 +122,7 @@ def packs(language: PreTrainedModel, enabled: bool = True) -> Iterator[None]:
     Raises:
         ValueError: samples of one row see one another in this LLM: a change of one of two changed the other.
     """
-    own = language.config.get_text_config()._attn_implementation
+    own = language.config.get_text_config()._attn_implementation or "its own"
     if enabled and own == "sdpa":
         language.set_attn_implementation(SDPA)
     try:

@@ -64,7 +64,9 @@ class Unweighted:
         return found, hidden
 
 
-def unweighted(name: str, vision_dim: int, text_dim: int, options: Mapping[str, Any] | None = None) -> Unweighted:
+def unweighted(
+    name: str, vision_dim: int, text_dim: int, options: Mapping[str, Any] | None = None, *, text_layers: int = 32
+) -> Unweighted:
     """A registered connector between a ViT of `vision_dim` and a Llama of `text_dim`, on the meta device.
 
     Both are as CLIP-L and Llama-7B in all else: 24 and 32 layers, heads of 64 and 128 channels.
@@ -74,7 +76,7 @@ def unweighted(name: str, vision_dim: int, text_dim: int, options: Mapping[str, 
     """
     vision = VisionSpec(vision_dim, 24, max(1, vision_dim // 64), norm_eps=1e-5, patch_size=14, has_cls=True)
     text = TextSpec(
-        text_dim, 32, max(1, text_dim // 128), 1e-5, intermediate_size=text_dim * 43 // 16, vocab_size=32_000
+        text_dim, text_layers, max(1, text_dim // 128), 1e-5, intermediate_size=text_dim * 43 // 16, vocab_size=32_000
     )
     resolved = build.connector_options(ConnectorConfig(name, dict(options or {})))
     with torch.device("meta"):

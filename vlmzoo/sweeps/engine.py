@@ -34,11 +34,12 @@ class Failure:
     refused: bool = False  # what it was given, before or while it trained, in the one line that commands end with
 
 
-def train_command(cache_dir: Path, plugins: Sequence[Path] = ()) -> Command:
+def train_command(cache_dir: Path, plugins: Sequence[Path] = (), track: Sequence[str] = ()) -> Command:
     """The command of a trial: given again, it continues; given once more, it does nothing."""
 
     def command(trial: Trial) -> list[str]:
         named = [argument for plugin in plugins for argument in ("--plugin", str(plugin))]
+        named += [argument for tracker in track for argument in ("--track", tracker)]
         config, out = str(trial.folder / "config.yaml"), str(trial.folder)
         return [sys.executable, "-m", "vlmzoo", "train", config, "--out", out, "--cache", str(cache_dir), *named]
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -27,19 +26,21 @@ from vlmzoo.sweeps.metrics import read_metrics
 from vlmzoo.sweeps.plan import read_result
 from vlmzoo.training import adapters, checkpoint, processes
 from vlmzoo.training.check import check
+from vlmzoo.training.measures import peak_memory_bytes
 from vlmzoo.training.run import moves_vision, train
 from vlmzoo.training.stages import num_steps
 
 SCHEMA = 2
 
 
-def run_trial(run: RunConfig, out: Path, cache: Path | None = None) -> dict[str, Any]:
+def run_trial(run: RunConfig, out: Path, cache: Path | None = None, track: Sequence[str] = ()) -> dict[str, Any]:
     """The run's result.json, written last; a run that has one already is not computed again.
 
     Of several processes that torchrun started, all train and the first one does the rest: the others return nothing.
 
     Args:
         cache: where features of the frozen encoder are kept and shared; None: nowhere.
+        track: trackers of its training.
 
     Raises:
         ValueError: `out` holds a run of another configuration, another process works there, or these processes cannot
@@ -68,7 +69,7 @@ def run_trial(run: RunConfig, out: Path, cache: Path | None = None) -> dict[str,
         start = time.perf_counter()
         model, processor = new_model(run)
         check_data(run, model, processor)
-        training = train(model, processor, run, out, cache, together)
+        training = train(model, processor, run, out, cache, together, track)
         if not together.first:
             return {}
         if training.feature_error:
@@ -222,11 +223,3 @@ def num_visual_tokens(model: VisionLanguageModel) -> int:
     """The places in the LLM's input that one image of the encoder's own size takes."""
     size = model.vision.image_size
     return model.num_tokens(Layouts.of(model).of_image((size, size)))
-
-
-def peak_memory_bytes() -> int:
-    """The most memory this process has held: on the GPU where there is one, resident otherwise."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

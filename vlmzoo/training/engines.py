@@ -18,6 +18,7 @@ from vlmzoo.language.layers import decoder_layers
 from vlmzoo.model import VisionLanguageModel
 from vlmzoo.processor import Layouts
 from vlmzoo.training import adapters, checkpoint
+from vlmzoo.training.measures import fetched, part_norms
 from vlmzoo.training.processes import Processes
 from vlmzoo.training.stages import make_optimizer, trains
 
@@ -67,8 +68,10 @@ class Engine:
         """No gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
-    def update(self, check: Callable[[float], None]) -> float:
-        """Clips the gradient over all parts and takes the step; its norm before. What nothing reached has one of 0.
+    def update(self, check: Callable[[float], None]) -> tuple[float, dict[str, float]]:
+        """Clips the gradient over all parts and takes the step; its norm before, and that of each part that is known.
+
+        What nothing reached has a gradient of 0.
 
         Args:
             check: raises where a norm, or the step's loss, cannot be trained on.
@@ -78,11 +81,11 @@ class Engine:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         limit = self.stage.clip if self.stage.clip is not None else float("inf")
-        total: Any = nn.utils.clip_grad_norm_(parameters, limit)
-        norm = float(total.full_tensor() if hasattr(total, "full_tensor") else total)
+        parts = part_norms(self.optimizer)
+        norm, *norms = fetched([nn.utils.clip_grad_norm_(parameters, limit), *parts.values()])
         check(norm)
         self.optimizer.step()
-        return norm
+        return norm, dict(zip(parts, norms, strict=True))
 
     def save(self, place: Path) -> None:
         """Writes this process's files of a checkpoint within the stage."""
@@ -291,12 +294,12 @@ class ZeROEngine(ShardedEngine):
     def clear(self) -> None:
         """DeepSpeed has done it."""
 
-    def update(self, check: Callable[[float], None]) -> float:
+    def update(self, check: Callable[[float], None]) -> tuple[float, dict[str, float]]:
         check(0.0)  # the loss; the norm is known once the update is made, and then nothing of it is written
         self.module.step()
         norm = float(self.module.get_global_grad_norm())
         check(norm)
-        return norm
+        return norm, {}  # the gradients of parts are not there any more
 
     def save_shard(self, place: Path) -> None:
         self.module.save_checkpoint(str(place), tag="zero", save_latest=False, exclude_frozen_parameters=True)

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from vlmzoo.files import write_whole
+from vlmzoo.training.trackers import Trackers
 
 PLAIN_SECONDS = 15  # between two lines where there is no terminal
 LAST = 20  # steps whose mean is a stage's final loss
@@ -21,9 +22,12 @@ class Log:
 
     Args:
         file: None: nothing is written or shown, as in all processes of a run but the first.
+        trackers: are told every line that is written.
     """
 
-    def __init__(self, file: Path | None, total: int) -> None:
+    def __init__(self, file: Path | None, total: int, trackers: Trackers) -> None:
+        self._trackers = trackers
+        self.first: dict[str, dict[str, Any]] = {}  # stage -> the line of its first step
         self.lines: list[dict[str, Any]] = []
         self._bar: tqdm | None = None
         self._samples, self._seconds = 0, 0.0
@@ -34,12 +38,14 @@ class Log:
         if file.is_file():
             whole = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
             self.lines = [line for line in map(json.loads, whole) if line["total"] < total]
+        for line in self.lines:
+            self.first.setdefault(line["stage"], line)
         write_whole(file, "".join(json.dumps(line) + "\n" for line in self.lines))  # killed here, nothing is lost
         self._file = file.open("a", encoding="utf-8")
 
     def stage(self, name: str, start: int, num_steps: int) -> None:
         """A stage begins, or goes on at `start`."""
-        self.close()
+        self._end_bar()
         self._name, self._num_steps = name, num_steps
         if sys.stderr.isatty() and self._file is not None:
             self._bar = tqdm(desc=name, initial=start, total=num_steps, unit="step", file=sys.stderr)
@@ -47,6 +53,7 @@ class Log:
     def write(self, line: dict[str, Any]) -> None:
         """One step's figures, `seconds` and `samples` among them."""
         self.lines.append(line)
+        self.first.setdefault(line["stage"], line)
         if self._file is None:
             return
         try:
@@ -54,6 +61,7 @@ class Log:
             self._file.flush()
         except OSError as error:
             raise OSError(error.errno, error.strerror, self._file.name) from None  # a failed write names no file
+        self._trackers.log(line)
         self._samples += line["samples"]
         self._seconds += line["seconds"]
         if self._bar is not None:
@@ -71,6 +79,11 @@ class Log:
             )
 
     def close(self) -> None:
+        """The run has ended."""
+        self._end_bar()
+        self._trackers.close()
+
+    def _end_bar(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None

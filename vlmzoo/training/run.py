@@ -29,8 +29,10 @@ from vlmzoo.training import adapters, checkpoint
 from vlmzoo.training.checkpoint import Progress
 from vlmzoo.training.engines import Engine, make_engine
 from vlmzoo.training.log import Log
+from vlmzoo.training.measures import Stopwatch, matmul_rate, peak_memory_bytes, rates
 from vlmzoo.training.processes import Processes
 from vlmzoo.training.stages import freeze, num_steps, rate
+from vlmzoo.training.trackers import Trackers
 
 
 @dataclass(frozen=True)
@@ -49,19 +51,22 @@ def train(
     out: Path,
     cache: Path | None = None,
     processes: Processes = Processes(),  # noqa: B008  # frozen
+    track: Sequence[str] = (),
 ) -> TrainingResult:
     """Trains every stage of a run; called again after any end, it goes on to the same weights, bit for bit.
 
     Args:
         cache: where features of frozen encoders and token ids are kept and shared; None: computed at every step.
         processes: that call this together; the first one writes what there is one of.
+        track: the trackers that are told every line of metrics.jsonl, of `trackers.TRACKERS`.
 
     Raises:
         ValueError: data, a configuration or a checkpoint that cannot be used, or a loss that is not finite.
     """
     key, folder = config_hash(run), out / "checkpoints"
     position, place = checkpoint.find(folder, key, processes) or (Progress(), None)
-    log = Log(out / "metrics.jsonl" if processes.first else None, position.total)
+    trackers = Trackers(track, run, out, position.total)
+    log = Log(out / "metrics.jsonl" if processes.first else None, position.total, trackers)
     trainable: dict[str, int] = {}
     stages = list(run.stages.values())
     feature_error: dict[str, float] = {}
@@ -100,21 +105,28 @@ def train(
                     group["lr"] = group["peak"] * rate(stage, step, total)
                 counter = flop_counter() if step == 0 else nullcontext()
                 seeds = (run.seed.dropout, index, step, *([processes.rank] if processes.rank else []))
+                waiting = Stopwatch()
+                with waiting:
+                    made = next(steps)
                 with seeded(*seeds), counter:
-                    figures = take_step(engine, data, next(steps), f"stage {name}, step {step}: ")
+                    figures = take_step(engine, data, made, f"stage {name}, step {step}: ")
+                figures["data_seconds"] += waiting.seconds
                 if isinstance(counter, FlopCounterMode):
                     figures["flops"] = int(processes.total(counter.get_total_flops())[0])
-                log.write(
-                    {
-                        "stage": name,
-                        "step": step,
-                        "num_steps": total,
-                        "total": before + step,
-                        **figures,
-                        "lr": {group["part"]: group["lr"] for group in engine.optimizer.param_groups},
-                        "seconds": time.perf_counter() - began,
-                    }
-                )
+                line = {
+                    "stage": name,
+                    "step": step,
+                    "num_steps": total,
+                    "total": before + step,
+                    **figures,
+                    "lr": {group["part"]: group["lr"] for group in engine.optimizer.param_groups},
+                    "seconds": time.perf_counter() - began,
+                    "peak_memory_bytes": peak_memory_bytes(),
+                }
+                if processes.first:
+                    peak = processes.world * matmul_rate(str(processes.device), getattr(torch, run.dtype))
+                    line["rates"] = rates(line, log.first.get(name, line), peak)
+                log.write(line)
                 (stop,) = processes.total(interrupted.is_set())
                 position = Progress(index, step + 1, before + step + 1)
                 if step + 1 == total:
@@ -137,6 +149,7 @@ class Step:
     indices: Sequence[int]  # of all processes
     batches: Sequence[HostBatch]
     num_targets: int
+    num_tokens: int  # that the LLM reads, targets among them
 
 
 def make_step(engine: Engine, data: SampleSet, indices: Sequence[int]) -> Step:
@@ -150,7 +163,8 @@ def make_step(engine: Engine, data: SampleSet, indices: Sequence[int]) -> Step:
     """
     parts = [data.samples(part) for part in engine.processes.micro_batches(indices, engine.stage.micro_batch_size)]
     num_targets = sum(label != IGNORE for part in parts for sample in part for label in sample.labels[1:])
-    return Step(indices, [data.on_host(part) for part in parts], num_targets)
+    num_tokens = sum(len(sample.input_ids) for part in parts for sample in part)
+    return Step(indices, [data.on_host(part) for part in parts], num_targets, num_tokens)
 
 
 def take_step(engine: Engine, data: SampleSet, step: Step, where: str = "") -> dict[str, Any]:
@@ -162,12 +176,13 @@ def take_step(engine: Engine, data: SampleSet, step: Step, where: str = "") -> d
     Raises:
         ValueError: the loss or its gradient is not finite; nothing has been written, and the message names the records.
     """
-    processes, stage = engine.processes, engine.stage
-    (num_targets,) = processes.total(step.num_targets)
+    processes, stage, waiting = engine.processes, engine.stage, Stopwatch()
+    num_targets, num_tokens = processes.total(step.num_targets, step.num_tokens)
     engine.clear()
     losses = []
     for number, part in enumerate(step.batches):
-        batch = data.to_device(part, idle=processes.world > 1)
+        with waiting:
+            batch = data.to_device(part, idle=processes.world > 1)
         if stage.packing:
             batch["packing"] = True
         losses.append(engine.backward(batch, num_targets, last=number + 1 == len(step.batches)))
@@ -178,8 +193,16 @@ def take_step(engine: Engine, data: SampleSet, step: Step, where: str = "") -> d
             names = ", ".join(data.records[index].where for index in step.indices)
             raise ValueError(f"{where}loss {loss} with gradient norm {norm}: expected finite ones; records: {names}")
 
-    norm = engine.update(check)
-    return {"loss": loss, "grad_norm": norm, "tokens": int(num_targets), "samples": len(step.indices)}
+    norm, norms = engine.update(check)
+    return {
+        "loss": loss,
+        "grad_norm": norm,
+        "grad_norms": norms,
+        "tokens": int(num_targets),
+        "all_tokens": int(num_tokens),
+        "samples": len(step.indices),
+        "data_seconds": waiting.seconds,
+    }
 
 
 def moves_vision(run: RunConfig, index: int) -> bool:
