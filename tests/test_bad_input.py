@@ -69,7 +69,11 @@ def the_error(capsys: pytest.CaptureFixture[str]) -> str:
 def assert_nothing_looks_whole(out: Path) -> None:
     """No result, nothing written aside left behind, and every checkpoint and feature folder matches its hashes."""
     assert not (out / "result.json").exists()
-    left = [path.name for path in out.rglob(".*") if path.suffix != ".lock" and path.name != ".lock"] if out.is_dir() else []
+    left = (
+        [path.name for path in out.rglob(".*") if path.suffix != ".lock" and path.name != ".lock"]
+        if out.is_dir()
+        else []
+    )
     assert left == []
     for manifest in out.rglob(files.MANIFEST) if out.is_dir() else []:
         assert files.damage(manifest.parent) is None

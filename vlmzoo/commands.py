@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -144,6 +145,8 @@ def sweep(args: argparse.Namespace) -> int:
     from vlmzoo.training import trackers
 
     trackers.check(args.track)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("a sweep starts its own processes; expected it once, not by torchrun (docs/scale.md)")
     study = load(SweepConfig, args.config, args.overrides)
     if args.workers is not None and args.workers < 1:
         raise ValueError(f"--workers: expected at least 1, got {args.workers}")

@@ -112,6 +112,7 @@ class StageConfig:
     betas: tuple[float, float] = field(default=(0.9, 0.999), metadata=at_least(0, below=1))
     clip: float | None = field(default=1.0, metadata=at_least(0))  # largest gradient norm
     gradient_checkpointing: bool = False
+    compile: bool = field(default=False, metadata=ADDED)  # the LLM's layers, by torch.compile
     packing: bool = field(default=False, metadata=ADDED)  # the LLM computes no padding; samples see only themselves
     group_by: Literal["length", "modality_length"] | None = field(default=None, metadata=ADDED)  # into equal batches
     only: dict[Part, list[str]] | None = field(default=None, metadata=ADDED)  # patterns of a part's parameters to train

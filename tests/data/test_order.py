@@ -30,3 +30,25 @@ def test_any_step_can_be_continued_from(start: int, num_records: int, batch_size
 def test_nothing_to_draw_from() -> None:
     with pytest.raises(ValueError, match=r"0 records in batches of 4: expected at least 1"):
         next(batches(0, 4, seed=0))
+
+
+TEXT_ONLY = [index % 5 == 0 for index in range(53)]
+
+
+@pytest.mark.parametrize("batch_size", [4, 6])
+def test_batches_by_modality_hold_one_kind(batch_size: int) -> None:
+    """LLaVA's `group_by_modality_length`: all but what is left over, which every epoch still sees once."""
+    found = list(islice(batches(53, batch_size, 0, 0, TEXT_ONLY), 53))
+    kinds = [{TEXT_ONLY[index] for index in batch} for batch in found]
+    assert sum(len(kind) == 1 for kind in kinds) > 0.7 * len(kinds)
+    assert {True} in kinds
+    stream = [index for batch in found for index in batch]
+    for epoch in range(batch_size):
+        assert sorted(stream[epoch * 53 : (epoch + 1) * 53]) == list(range(53))
+    assert found != list(islice(batches(53, batch_size, 1, 0, TEXT_ONLY), 53))
+
+
+@pytest.mark.parametrize("start", [1, 7, 13, 14, 30])
+def test_batches_by_modality_can_be_continued_from(start: int) -> None:
+    whole = list(islice(batches(53, 4, 0, 0, TEXT_ONLY), 40))
+    assert list(islice(batches(53, 4, 0, start, TEXT_ONLY), 40 - start)) == whole[start:]

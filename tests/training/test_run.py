@@ -319,6 +319,80 @@ def test_recomputed_activations_give_the_same_run(values: dict[str, Any], tmp_pa
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"packing": True}, {"packing": True, "micro_batch_size": 2}, {"group_by": "length", "micro_batch_size": 2}],
+)
+def test_how_a_step_is_laid_out_does_not_change_it(
+    options: dict[str, Any], values: dict[str, Any], tmp_path: Path, train_in: Train
+) -> None:
+    del values["stages"]["finetune"]["lr"]["language"]  # whose dropout is drawn batch by batch
+    whole, _ = train_in(values, tmp_path / "whole")
+    for stage in values["stages"].values():
+        stage |= options
+    other, _ = train_in(values, tmp_path / "other")
+    for name, value in whole.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-6)
+    for found, expected in zip(metrics(tmp_path / "other"), metrics(tmp_path / "whole"), strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_parts_of_a_step_hold_samples_of_like_length(values: dict[str, Any]) -> None:
+    run = build.resolve(parse(RunConfig, values))
+    model, processor = new_model(run)
+    stage = dataclasses.replace(run.stages["finetune"], group_by="modality_length", batch_size=8)
+    data = SampleSet(model, processor, stage.data)
+    plain = dataclasses.replace(stage, group_by=None)
+    for batch in itertools.islice(data.order(stage, 0), 4):
+        words = [sum(len(turn.text.split()) for turn in data.records[index].turns) for index in batch]
+        assert words == sorted(words, reverse=True)
+    alike = dataclasses.replace(stage, group_by="length")
+    for batch, other in zip(data.order(alike, 0), itertools.islice(data.order(plain, 0), 4), strict=False):
+        assert sorted(batch) == sorted(other)  # the same steps
+
+
+def test_compiled_layers_give_the_same_run(
+    values: dict[str, Any], tmp_path: Path, train_in: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced and differentiated ahead, as for a kernel compiler, but run by PyTorch's own kernels."""
+    compile_layers, traced = torch.compile, []
+    del values["stages"]["align"]
+    values["connector"] = {"name": "gated_cross_attention", "options": {"every": 1, "num_heads": 2, "head_dim": 8}}
+    del values["stages"]["finetune"]["lr"]["language"]
+    expected, _ = train_in(values, tmp_path / "plain")
+
+    def traced_compile(function: Any, **options: Any) -> Any:
+        traced.append(function)
+        return compile_layers(function, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", traced_compile)
+    values["stages"]["finetune"] |= {"compile": True, "packing": True}
+    found, _ = train_in(values, tmp_path / "compiled")
+    assert len(traced) == 3
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_an_idle_image_changes_nothing_and_reaches_every_weight(values: dict[str, Any]) -> None:
+    """A batch without images, with one that no sample sees: the same loss, and a gradient of 0 in the connector."""
+    run = build.resolve(parse(RunConfig, values))
+    model, processor = new_model(run)
+    data = SampleSet(model, processor, run.stages["finetune"].data)
+    host = data.on_host(data.samples([4, 9]))
+    engine = engine_of(model, run.stages["finetune"], run)
+    model.eval()
+    assert "idle_images" in data.to_device(host, idle=True)
+    assert "idle_images" not in data.to_device(data.on_host(data.samples([0, 4])), idle=True)
+    plain = engine.backward(data.to_device(host), 3, last=True)
+    assert all(parameter.grad is None for parameter in model.connector.parameters())
+    engine.clear()
+    idle = engine.backward(data.to_device(host, idle=True), 3, last=True)
+    assert torch.equal(idle, plain)
+    for parameter in model.connector.parameters():
+        assert parameter.grad is not None
+        assert not parameter.grad.any()
+
+
 def test_a_loss_that_is_not_finite_names_its_records(values: dict[str, Any]) -> None:
     run = build.resolve(parse(RunConfig, values))
     model, processor = new_model(run)

@@ -8,7 +8,8 @@ keyword argument, so two models over one decoder, threads, nested calls and the 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -71,6 +72,19 @@ def decoder_layers(language: PreTrainedModel) -> nn.ModuleList:
         if isinstance(child, nn.ModuleList) and len(child) == count:
             return child
     raise ValueError(f"{type(language).__name__}: found no list of its {count} decoder layers")
+
+
+@contextmanager
+def compiled(language: PreTrainedModel, enabled: bool = True) -> Iterator[None]:
+    """An LLM whose decoder layers are compiled inside, one by one, for any length; what stands between them is not."""
+    layers = list(decoder_layers(language)) if enabled else []
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, dynamic=True)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the class has it still
 
 
 def attach(language: PreTrainedModel) -> None:

@@ -80,6 +80,7 @@ class Packing:
         }
 
 
+@torch.compiler.disable  # another list of lengths in every batch
 def packed_attention(
     module: nn.Module,
     query: Tensor,

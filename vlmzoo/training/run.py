@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from vlmzoo.config import RunConfig, config_hash
 from vlmzoo.data.prefetch import prefetched
 from vlmzoo.data.samples import IGNORE
+from vlmzoo.language.layers import compiled
 from vlmzoo.language.packing import packs
 from vlmzoo.model import VisionLanguageModel
 from vlmzoo.processor import VisionLanguageProcessor
@@ -94,6 +95,7 @@ def train(
             interrupted = held.enter_context(deferred_interrupt())
             held.enter_context(packs(model.language, stage.packing))
             engine = make_engine(model, stages[: index + 1], run, processes)
+            held.enter_context(compiled(engine.model.language, stage.compile))
             if place is not None and start:
                 engine.load(place)
             place = None
