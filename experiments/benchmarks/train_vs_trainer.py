@@ -13,8 +13,8 @@ cross-entropy of every position, a plain loop.
 Each arm has a process of its own, that stands still while another one takes a step. Every round is the same batches
 again; in the first one FLOPs are counted and nothing is timed. A step is all that a trainer does from one step's end to
 the next one's. A ratio is the peer's seconds over ours, in a round; the table has the median of rounds, and the least
-and most of them. "allowed" is the peer's counted FLOPs over ours. Memory is our process's peak over the peer's, with and
-without what it had when all was imported.
+and most of them. "allowed" is the peer's counted FLOPs over ours. Memory is our process's peak over the peer's, whole
+and without what it had when all was imported.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ FULL = Size(
     },
     text={"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8},
     caption=(10, 40),
-    conversation=(10, 100, 1200),
+    conversation=(10, 100, 600),
 )
 TINY = Size(
     vocab=200,
