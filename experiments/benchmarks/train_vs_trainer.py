@@ -28,6 +28,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import fmean, median
@@ -392,7 +393,7 @@ def train_with_transformers(options: argparse.Namespace, arm: Arm, turns: Turns)
             report_to="none",
             disable_tqdm=True,
         ),
-        data_collator=lambda indices: data.batch(data.samples(indices)),
+        data_collator=partial(batch_of, data),
         train_dataset=order,
         callbacks=[Told()],
     )
@@ -412,7 +413,7 @@ def train_as_nanovlm(options: argparse.Namespace, arm: Arm, turns: Turns) -> Non
     for step in range(0, len(order), options.batch):
         total = 0.0
         for start in range(step, step + options.batch, size):
-            batch = data.batch(data.samples(order[start : start + size]))
+            batch = batch_of(data, order[start : start + size])
             for name, filler in (("input_ids", 0), ("attention_mask", 0), ("labels", IGNORE)):
                 batch[name] = F.pad(batch[name], (0, longest - batch[name].shape[1]), value=filler)
             labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=IGNORE)
@@ -438,6 +439,15 @@ def peer(options: argparse.Namespace, arm: Arm) -> tuple[Any, SampleSet, list[in
     for part in (theirs.model.multi_modal_projector, theirs.model.language_model, theirs.lm_head):
         part.requires_grad_(arm.stage == "stage2" or part is theirs.model.multi_modal_projector)
     return theirs, data, epoch_order(len(data), run.seed.data, 0)
+
+
+def batch_of(data: SampleSet, indices: list[int]) -> dict[str, Any]:
+    """With the attention mask that transformers' processors give."""
+    samples = data.samples(indices)
+    batch = data.batch(samples)
+    lengths = torch.tensor([len(sample.input_ids) for sample in samples])
+    mask = torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]
+    return batch | {"attention_mask": mask.long()}
 
 
 # Models and data.
