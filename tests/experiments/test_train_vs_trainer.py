@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "experiments" / "benchmarks"
+ROOT = Path(__file__).parents[2]
 
 
 def test_losses_are_those_of_transformers_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.syspath_prepend(ROOT / "experiments" / "benchmarks")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for the processes that it starts
     import train_vs_trainer
 
     options = ["--tiny", "--rounds", "2", "--accumulation", "2", "--threads", "1", "--arms", "stage2", "--no-nanovlm"]
