@@ -442,12 +442,13 @@ def peer(options: argparse.Namespace, arm: Arm) -> tuple[Any, SampleSet, list[in
 
 
 def batch_of(data: SampleSet, indices: list[int]) -> dict[str, Any]:
-    """With the attention mask that transformers' processors give."""
+    """What transformers' collators give, and nothing of what helps our model alone."""
     samples = data.samples(indices)
     batch = data.batch(samples)
     lengths = torch.tensor([len(sample.input_ids) for sample in samples])
     mask = torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]
-    return batch | {"attention_mask": mask.long()}
+    kept = {name: batch[name] for name in ("input_ids", "labels", "pixel_values") if name in batch}
+    return kept | {"attention_mask": mask.long()}
 
 
 # Models and data.
