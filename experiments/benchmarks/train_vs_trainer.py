@@ -13,8 +13,9 @@ cross-entropy of every position, a plain loop.
 Each arm has a process of its own, that stands still while another one takes a step. Every round is the same batches
 again; in the first one FLOPs are counted and nothing is timed. A step is all that a trainer does from one step's end to
 the next one's. A ratio is the peer's seconds over ours, in a round; the table has the median of rounds, and the least
-and most of them. "allowed" is the peer's counted FLOPs over ours. Memory is our process's peak over the peer's, whole
-and without what it had when all was imported.
+and most of them. "of CPU time" is the same ratio of what the processes computed, which others on the machine disturb
+less; set OMP_WAIT_POLICY=PASSIVE then, so that waiting does not count. "allowed" is the peer's counted FLOPs over ours.
+Memory is our process's peak over the peer's, whole and without what it had when all was imported.
 """
 
 from __future__ import annotations
@@ -247,6 +248,7 @@ def environment(options: argparse.Namespace) -> dict[str, str]:
 def summary(ours: list[list[Step]], peer: list[list[Step]]) -> dict[str, Any]:
     """Seconds are of a step."""
     own, theirs = ([fmean(step["seconds"] for step in one) for one in rounds[1:]] for rounds in (ours, peer))
+    cpu, cpu_of_peer = (sum(step["cpu_seconds"] for step in chain(*rounds[1:])) for rounds in (ours, peer))
     ratios = [slow / fast for slow, fast in zip(theirs, own, strict=True)]
     last, last_of_peer = ours[-1][-1], peer[-1][-1]
     flops_ratio = last_of_peer["flops"] / last["flops"]
@@ -254,6 +256,7 @@ def summary(ours: list[list[Step]], peer: list[list[Step]]) -> dict[str, Any]:
     return {
         "ratio": median(ratios),
         "ratio_spread": [min(ratios), max(ratios)],
+        "cpu_ratio": cpu_of_peer / cpu,
         "flops_ratio": flops_ratio,
         "of_allowed": median(ratios) / flops_ratio,
         "seconds_ours": median(own),
@@ -273,7 +276,17 @@ def outside(rounds: list[list[Step]]) -> float:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    columns = ("arm", "seconds a step", "ratio", "spread", "allowed", "ratio/allowed", "memory", "beyond imports")
+    columns = (
+        "arm",
+        "seconds a step",
+        "ratio",
+        "spread",
+        "of CPU time",
+        "allowed",
+        "ratio/allowed",
+        "memory",
+        "beyond imports",
+    )
     columns += ("outside the model", "loss off by", "nanoVLM's: ratio", "allowed", "memory")
     lines = [columns, ("---",) * len(columns)]
     for name, row in rows.items():
@@ -285,7 +298,10 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
                 f"{row['seconds_ours']:.2f}",
                 f"{row['ratio']:.2f}",
                 f"{low:.2f}–{high:.2f}",
-                *(f"{row[key]:.2f}" for key in ("flops_ratio", "of_allowed", "memory", "memory_beyond_imports")),
+                *(
+                    f"{row[key]:.2f}"
+                    for key in ("cpu_ratio", "flops_ratio", "of_allowed", "memory", "memory_beyond_imports")
+                ),
                 f"{100 * row['outside_model']:.1f} %",
                 f"{row['loss_difference']:.0e}",
                 *(f"{nano[key]:.2f}" if nano else "" for key in ("ratio", "flops_ratio", "memory")),
@@ -316,13 +332,14 @@ class Turns:
 
     def done(self, loss: float, inside: float = 0.0) -> None:
         """After a step; `inside` are the seconds spent inside the model so far."""
-        seconds = time.perf_counter() - self._began
+        seconds, cpu_seconds = time.perf_counter() - self._began, time.process_time() - self._began_cpu
         self._steps += 1
         if self._steps == self._counted:
             self._counting.close()
         self._say(
             {
                 "seconds": seconds,
+                "cpu_seconds": cpu_seconds,
                 "inside": inside - self._inside,
                 "loss": loss,
                 "flops": self._counter.get_total_flops(),
@@ -339,7 +356,7 @@ class Turns:
     def _wait(self) -> None:
         if not sys.stdin.readline():
             raise SystemExit
-        self._began = time.perf_counter()
+        self._began, self._began_cpu = time.perf_counter(), time.process_time()
 
 
 def run_arm(options: argparse.Namespace) -> None:
