@@ -14,8 +14,8 @@ Each arm has a process of its own, that stands still while another one takes a s
 again; in the first one FLOPs are counted and nothing is timed. A step is all that a trainer does from one step's end to
 the next one's. A ratio is the peer's seconds over ours, in a round; the table has the median of rounds, and the least
 and most of them. "of CPU time" is the same ratio of what the processes computed, which others on the machine disturb
-less; set OMP_WAIT_POLICY=PASSIVE then, so that waiting does not count. "allowed" is the peer's counted FLOPs over ours.
-Memory is our process's peak over the peer's, whole and without what it had when all was imported.
+less. "allowed" is the peer's counted FLOPs over ours. Memory is our process's peak over the peer's, whole and without
+what it had when all was imported.
 """
 
 from __future__ import annotations
@@ -242,7 +242,8 @@ def command(options: argparse.Namespace, arm: str) -> list[str]:
 
 
 def environment(options: argparse.Namespace) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+    """Threads that spin while they wait would be slowed down, and counted, wherever others use the machine too."""
+    return {**os.environ, "OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def summary(ours: list[list[Step]], peer: list[list[Step]]) -> dict[str, Any]:
