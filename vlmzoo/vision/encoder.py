@@ -26,7 +26,7 @@ class VisionEncoder(nn.Module):
     Source: Liu et al., Visual Instruction Tuning (2023), section 4.1: hidden states before the tower's last norm.
     """
 
-    chunk_size: int | None = 16
+    chunk_size: int | None = 8
     """Crops encoded at once, the last chunk padded, so that a crop's features depend on no other; None: all at once."""
 
     def __init__(self, model: PreTrainedModel, *, layer: Layer = -2, image_size: int | None = None) -> None:
