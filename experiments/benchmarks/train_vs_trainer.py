@@ -260,6 +260,8 @@ def summary(ours: list[list[Step]], peer: list[list[Step]]) -> dict[str, Any]:
         "cpu_ratio": cpu_of_peer / cpu,
         "flops_ratio": flops_ratio,
         "of_allowed": median(ratios) / flops_ratio,
+        "flops_ours": last["flops"],
+        "flops_peer": last_of_peer["flops"],
         "seconds_ours": median(own),
         "seconds_peer": median(theirs),
         "memory": last["peak"] / last_of_peer["peak"],
