@@ -20,6 +20,7 @@ from vlmzoo.registry import unknown
 T = TypeVar("T")
 
 Part = Literal["vision", "connector", "language"]
+Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
 Parallel = Literal["ddp", "fsdp2", "zero2", "zero3"]
 Features = Literal["compute", "bfloat16", "float8"]
 Sight = Literal["image", "nothing", "description"]
@@ -67,7 +68,7 @@ class LLMConfig:
     name: str | None = None
     config: dict[str, Any] | None = None
     tokenizer: str | None = None  # None: the one beside the model
-    attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None  # None: transformers' choice
+    attention: Attention | None = None  # None: transformers' choice
 
 
 @dataclass
