@@ -166,12 +166,13 @@ def compare(options: argparse.Namespace) -> None:
             ours = [name for name in options.arms if ARMS[name].stage == stage]
             if not ours:
                 continue
-            transformers, nanovlm = f"{stage}_transformers", f"{stage}_nanovlm"
-            found = measure(options, [*ours, transformers, *([] if options.no_nanovlm else [nanovlm])])
+            peer, nanovlm = f"{stage}_transformers", f"{stage}_nanovlm"
+            found = measure(options, [*ours, peer])
             for name in ours:
-                rows[name] = summary(found[name], found[transformers]) | {"outside_model": outside(found[name])}
-                if nanovlm in found:
-                    rows[name]["nanovlm"] = summary(found[name], found[nanovlm])
+                rows[name] = summary(found[name], found[peer]) | {"outside_model": outside(found[name])}
+            if not options.no_nanovlm:  # apart: what stands still holds its memory too
+                found = measure(options, [ours[0], nanovlm])
+                rows[ours[0]]["nanovlm"] = summary(found[ours[0]], found[nanovlm])
     print(table(rows))
     if options.json:
         worst = {key: max(row[key] for row in rows.values()) for key in ("memory", "memory_beyond_imports")}
