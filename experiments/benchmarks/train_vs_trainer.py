@@ -266,7 +266,8 @@ def summary(ours: list[list[Step]], peer: list[list[Step]]) -> dict[str, Any]:
         "seconds_ours": median(own),
         "seconds_peer": median(theirs),
         "memory": last["peak"] / last_of_peer["peak"],
-        "memory_beyond_imports": (last["peak"] - last["imports"]) / (last_of_peer["peak"] - last_of_peer["imports"]),
+        "memory_beyond_imports": (last["peak"] - last["imports"])
+        / max(1, last_of_peer["peak"] - last_of_peer["imports"]),  # tiny models take less than the imports did
         "peak_bytes_ours": last["peak"],
         "peak_bytes_peer": last_of_peer["peak"],
         "loss_difference": max(abs(one["loss"] - other["loss"]) for one, other in pairs),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -115,8 +116,12 @@ class VisionEncoder(nn.Module):
         maps = []
         counts = torch.tensor([rows * columns for rows, columns in grids], device=pixel_values.device)
         for found in zip(*parts, strict=True):
-            values, cls, attention = (None if part[0] is None else torch.cat(part) for part in zip(*found, strict=True))
-            assert values is not None
+            most = max(part.shape[1] for part, *_ in found)  # of patches: chunks of several sizes differ
+            same = all(part.shape[1] == most for part, *_ in found)
+            values = torch.cat([part if same else F.pad(part, (0, 0, 0, most - part.shape[1])) for part, *_ in found])
+            cls, attention = (
+                None if part[0] is None else torch.cat(part) for part in list(zip(*found, strict=True))[1:]
+            )
             mask = torch.arange(values.shape[1], device=values.device) < counts.to(values.device)[:, None]
             maps.append(FeatureMap(values, tuple(grids), mask, cls, attention))
         return tuple(maps)
