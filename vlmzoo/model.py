@@ -262,43 +262,6 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         """
         if num_slots is None:
             num_slots = (input_ids == self.config.image_token_id).sum(1).tolist()
-        visual = self._visual_input(
-            input_ids.device,
-            pixel_values,
-            image_features,
-            num_crops=num_crops,
-            crop_sizes=crop_sizes,
-            tilings=tilings,
-            image_sizes=image_sizes,
-            token_budget=token_budget,
-            instruction_ids=instruction_ids,
-            instruction_mask=instruction_mask,
-        )
-        slots = [self.connector.num_tokens(layout) for layout in visual.layouts]
-        samples = [[] for _ in num_slots] if idle else assign_images(slots, num_slots)
-        owners = [sample for sample, images in enumerate(samples) for _ in images] or [0] * len(slots)
-        visual.sample_of_image = torch.tensor(owners, device=input_ids.device)
-        context = arrange(self.connector(visual), samples, slots)
-        if has_axes(self.language.config):
-            grids = [token_grids(self.connector, layout) for layout in visual.layouts]
-            by_sample = [[grid for image in images for grid in grids[image]] for images in samples]
-            context.offsets = grid_offsets(by_sample).to(input_ids.device)
-        return context
-
-    def _visual_input(
-        self,
-        device: torch.device,
-        pixel_values: Tensor | None,
-        image_features: Sequence[FeatureMap] | None = None,
-        *,
-        num_crops: Tensor | None = None,
-        crop_sizes: Tensor | None = None,
-        tilings: Tensor | None = None,
-        image_sizes: Tensor | None = None,
-        token_budget: Tensor | None = None,
-        instruction_ids: Tensor | None = None,
-        instruction_mask: Tensor | None = None,
-    ) -> VisualInput:
         request = self.connector.requires
         if image_features is None:
             assert pixel_values is not None
@@ -321,7 +284,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"connector {self.config.connector!r} reads the instruction: pass instruction_ids")
             instruction = Instruction(instruction_ids, instruction_mask.bool())
         dtype = self.connector_dtype
-        return VisualInput(
+        device = input_ids.device
+        visual = VisualInput(
             maps=tuple(_cast(features, dtype, device) for features in image_features),
             image_of_crop=torch.tensor([image for image, count in enumerate(crops) for _ in range(count)]).to(
                 device, non_blocking=True
@@ -330,6 +294,16 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             layouts=tuple(layouts),
             instruction=instruction,
         )
+        slots = [self.connector.num_tokens(layout) for layout in visual.layouts]
+        samples = [[] for _ in num_slots] if idle else assign_images(slots, num_slots)
+        owners = [sample for sample, images in enumerate(samples) for _ in images] or [0] * len(slots)
+        visual.sample_of_image = torch.tensor(owners, device=input_ids.device)
+        context = arrange(self.connector(visual), samples, slots)
+        if has_axes(self.language.config) and not idle:
+            grids = [token_grids(self.connector, layout) for layout in visual.layouts]
+            by_sample = [[grid for image in images for grid in grids[image]] for images in samples]
+            context.offsets = grid_offsets(by_sample).to(input_ids.device)
+        return context
 
     def take_images(self, kwargs: dict[str, Any], pixel_values: Tensor | None, input_ids: Tensor) -> dict[str, Any]:
         """The inputs of the images of a prompt, taken out of a call's keywords; none where no image is passed."""

@@ -73,7 +73,7 @@ def arrange(found: VisualTokens, samples: Sequence[Sequence[int]], slots: Sequen
     """
     device = found.tokens.device
     # One slot at least, which no token stands in, where the images are no sample's: the same computation for all.
-    width = max(1, *(sum(slots[image] for image in images) for images in samples))
+    width = max(1, max((sum(slots[image] for image in images) for images in samples), default=0))
     most = found.tokens.shape[1]
     if most > max(slots):
         raise ValueError(f"the connector returned {most} tokens for an image, its num_tokens said {max(slots)}")

@@ -25,6 +25,7 @@ from torch import nn
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from tests.checkpoints import run_values
+from tests.tiny import LLAMA
 from tests.training.conftest import Trained, metrics
 from vlmzoo import build
 from vlmzoo.config import RunConfig, StageConfig, config_hash, parse
@@ -373,8 +374,13 @@ def test_compiled_layers_give_the_same_run(
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_an_idle_image_changes_nothing_and_reaches_every_weight(values: dict[str, Any]) -> None:
+@pytest.mark.parametrize("llm", ["llama", "qwen2_vl_text"])
+def test_an_idle_image_changes_nothing_and_reaches_every_weight(llm: str, values: dict[str, Any]) -> None:
     """A batch without images, with one that no sample sees: the same loss, and a gradient of 0 in the connector."""
+    if llm != "llama":  # which takes positions on the grids of images
+        rotary = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 2, 2]}
+        config = {**LLAMA, "model_type": llm, "rope_parameters": rotary}
+        values["llm"] = {"config": config, "tokenizer": values["llm"]}
     run = build.resolve(parse(RunConfig, values))
     model, processor = new_model(run)
     data = SampleSet(model, processor, run.stages["finetune"].data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -145,7 +146,7 @@ class DDPEngine(Engine):
         self.accelerator.free_memory()
 
 
-class ShardedEngine(Engine):
+class ShardedEngine(Engine, ABC):
     """Every process holds a part of each weight. The plain model stays whole, in host memory."""
 
     def share(self, model: VisionLanguageModel) -> VisionLanguageModel:
@@ -171,8 +172,9 @@ class ShardedEngine(Engine):
             checkpoint.write_tensors(still, place / checkpoint.WEIGHTS)
         self.save_shard(place)
 
+    @abstractmethod
     def save_shard(self, place: Path) -> None:
-        raise NotImplementedError
+        """Writes this process's parts of what the stage trains, and of the optimizer's state."""
 
     def finish(self) -> None:
         held = weights(self.plain, [self.stage])
@@ -180,9 +182,9 @@ class ShardedEngine(Engine):
             for name, value in self.trained.items():
                 held[name].copy_(self.whole(value))
 
+    @abstractmethod
     def whole(self, value: Tensor) -> Tensor:
         """A weight of which every process holds a part."""
-        raise NotImplementedError
 
 
 class FSDP2Engine(ShardedEngine):
