@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help sweep sweep-full test test-zoo test-timm test-interpreted test-kernels test-scale lint docs bench bench-env gpu
+.PHONY: help sweep sweep-full test test-zoo test-timm test-interpreted test-kernels test-scale lint docs bench bench-env gpu gpu-kernels gpu-training
 help:
 	@echo "make sweep       compare five connectors on the embedded world (about 12 minutes on two cores)"
 	@echo "make sweep-full  the same with two encoders, two LLMs, five seeds and several times the steps (six hours)"
@@ -12,7 +12,7 @@ help:
 	@echo "make test-kernels  the kernels at every size, under Triton's interpreter and compiled for two GPUs (four minutes)"
 	@echo "make test-scale  two processes by DDP, FSDP2 and ZeRO, and a run that is killed again and again (ten minutes)"
 	@echo "make bench       the kernels' time and memory against their peers, on this machine (eight minutes on two cores)"
-	@echo "make gpu         the kernels on this machine's GPU: tests, the fastest tiles, and a table (nine minutes)"
+	@echo "make gpu         on this machine's GPU: the kernels' tests, their fastest tiles, tables of them and of training a 7B"
 	@echo "make docs        docs/connectors.md, docs/parity.md and the tables of docs/scale.md, from what the code does"
 
 .venv/installed: pyproject.toml constraints.txt
@@ -53,11 +53,16 @@ bench-env: .venv/bench
 bench: bench-env
 	$(BIN)/python -m vlmzoo.kernels.bench --peers --json runs/bench.json
 
-# With the python3 on the PATH, which brings its own PyTorch for CUDA, and without .venv.
+# With the python3 on the PATH, which brings its own PyTorch for CUDA, and without .venv; each ten minutes at most.
 GPU_OUT ?= experiments/results/gpu
-gpu:
+gpu: gpu-kernels gpu-training
+
+gpu-kernels:
 	$(PYTHON) -m pytest tests/kernels/test_gpu.py tests/kernels/test_splice.py -p no:cacheprovider
 	$(PYTHON) -m vlmzoo.kernels.bench --gpu --tune --out $(GPU_OUT)
+
+gpu-training:
+	PYTHONPATH=. $(PYTHON) experiments/benchmarks/train_on_gpu.py --out $(GPU_OUT)
 
 docs: .venv/timm
 	$(BIN)/python -m vlmzoo.sweeps.cards docs

@@ -105,7 +105,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for row in rows:
         _rate(row, rows)
     return {
-        "card": _card(device),
+        "card": card(device),
         "roofs": roofs,
         "rows": rows,
         "not_reached": left,
@@ -113,7 +113,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _card(device: torch.device) -> dict[str, Any]:
+def card(device: torch.device) -> dict[str, Any]:
     card = {"torch": torch.__version__, "device": device.type}
     if importlib.util.find_spec("triton"):
         card["triton"] = importlib.import_module("triton").__version__

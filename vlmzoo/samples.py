@@ -29,7 +29,7 @@ from vlmzoo.vision.cache import FeatureCache
 from vlmzoo.vision.shards import StoredFeatures
 
 READERS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-"""Threads that decode images while the encoder computes those before them."""
+"""Threads that decode images while those before them are computed on."""
 
 
 def seen(record: Record, sees: Sight) -> Record:
@@ -188,8 +188,8 @@ class SampleSet:
 
     @property
     def ahead(self) -> int:
-        """How many batches are worth making before their turn: on a CPU none, where they take the model's cores."""
-        return 2 if self._model.device.type == "cuda" else 0
+        """How many batches are worth making before their turn: on a CPU none, as that takes the model's cores."""
+        return 1 + READERS if self._model.device.type == "cuda" else 0
 
     @property
     def feature_error(self) -> float | None:

@@ -27,13 +27,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -67,6 +68,7 @@ class Arm:
     trainer: Literal["ours", "transformers", "nanovlm"] = "ours"
     cached: bool = False
     packed: bool = False
+    compiled: bool = False
 
 
 ARMS = {
@@ -142,6 +144,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--arm", choices=[CACHE, *ARMS], help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.size, options.device = TINY if options.tiny else FULL, "cpu"
     if options.batch % options.accumulation:
         parser.error(f"--batch {options.batch} cannot be computed in {options.accumulation} equal parts")
     if options.arm == CACHE:
@@ -385,43 +388,61 @@ def train_ours(options: argparse.Namespace, arm: Arm, turns: Turns) -> None:
 
 def train_with_transformers(options: argparse.Namespace, arm: Arm, turns: Turns) -> None:
     model, data, order = peer(options, arm)
+    trainer = trainer_of(options, arm, model, order, partial(batch_of, data), turns.done)
+    turns.start()
+    trainer.train()
+
+
+def trainer_of(
+    options: argparse.Namespace,
+    arm: Arm,
+    model: Any,
+    items: Sequence[Any],
+    collate: Callable[[list[Any]], dict[str, Any]],
+    tell: Callable[[float], None],
+) -> Trainer:
+    """transformers' trainer over these items in their order; `tell` is called with each step's loss, at its end.
+
+    Args:
+        collate: makes a batch of as many items as a part of a step has samples; of one, where an item is a batch.
+    """
 
     class Told(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if "loss" in logs:
-                turns.done(logs["loss"])
+                tell(logs["loss"])
 
     class InOrder(Trainer):
         def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-            return SequentialSampler(order)
+            return SequentialSampler(items)
 
+    steps = options.steps * (1 + options.rounds)
     trainer = InOrder(
         model,
         TrainingArguments(
             output_dir=str(options.folder / options.arm),
-            per_device_train_batch_size=options.batch // options.accumulation,
+            per_device_train_batch_size=len(items) // (steps * options.accumulation),
             gradient_accumulation_steps=options.accumulation,
-            max_steps=len(order) // options.batch,
+            max_steps=steps,
             learning_rate=LEARNING_RATE[arm.stage],
             lr_scheduler_type="constant",
             weight_decay=0.0,
             max_grad_norm=CLIP,
             bf16=options.dtype == "bfloat16",
-            use_cpu=True,
-            dataloader_pin_memory=False,
+            use_cpu=options.device == "cpu",
+            dataloader_pin_memory=options.device != "cpu",
             remove_unused_columns=False,
             logging_steps=1,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
         ),
-        data_collator=partial(batch_of, data),
-        train_dataset=order,
+        data_collator=collate,
+        train_dataset=cast(Any, items),
         callbacks=[Told()],
     )
     trainer.remove_callback(PrinterCallback)
-    turns.start()
-    trainer.train()
+    return trainer
 
 
 def train_as_nanovlm(options: argparse.Namespace, arm: Arm, turns: Turns) -> None:
@@ -477,7 +498,7 @@ def batch_of(data: SampleSet, indices: list[int]) -> dict[str, Any]:
 
 
 def run_of(options: argparse.Namespace, arm: Arm, dtype: Any) -> RunConfig:
-    size, rate = TINY if options.tiny else FULL, LEARNING_RATE[arm.stage]
+    size, rate = options.size, LEARNING_RATE[arm.stage]
     stage = StageConfig(
         data=DataConfig(
             str(options.folder / f"{arm.stage}.json"),
@@ -492,6 +513,7 @@ def run_of(options: argparse.Namespace, arm: Arm, dtype: Any) -> RunConfig:
         warmup_ratio=0.0,
         clip=CLIP,
         packing=arm.packed,
+        compile=arm.compiled,
     )
     text = {"model_type": "llama", "vocab_size": size.vocab, "max_position_embeddings": 2048, **size.text}
     ids = {
@@ -521,7 +543,7 @@ def write_data(options: argparse.Namespace) -> None:
     A round is all different records, in as many batches as it has steps. They lie in the file so that the order in
     which training sees one epoch is round after round.
     """
-    size = TINY if options.tiny else FULL
+    size = options.size
     tokenizer(size.vocab).save_pretrained(options.folder / "tokenizer")
     rng = np.random.default_rng(0)
     period = options.steps * options.batch

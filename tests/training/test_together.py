@@ -93,11 +93,11 @@ def together(values: dict[str, Any], out: Path, **environment: str) -> tuple[int
     return found.returncode, found.stderr
 
 
-def same_run(found: Path, expected: Path, values: dict[str, Any]) -> None:
+def same_run(found: Path, expected: Path, values: dict[str, Any], rounding: float = 2e-6, drift: float = 1e-2) -> None:
     """Losses and norms to rounding, and each weight went the same way: AdamW's steps magnify where a gradient is 0."""
     for step, other in zip(metrics(found), metrics(expected), strict=True):
-        assert step["loss"] == pytest.approx(other["loss"], rel=2e-6), step
-        assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4), step
+        assert step["loss"] == pytest.approx(other["loss"], rel=rounding), step
+        assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=50 * rounding), step
         assert (step["tokens"], step["samples"]) == (other["tokens"], other["samples"])
     weights, reference = (load_file(out / "model" / "model.safetensors") for out in (found, expected))
     assert weights.keys() == reference.keys()
@@ -106,7 +106,7 @@ def same_run(found: Path, expected: Path, values: dict[str, Any]) -> None:
         moved = (
             value - before[name]
         ).norm() + 1e-3 * value.numel() ** 0.5  # keys' biases have no gradient but rounding
-        assert (weights[name] - value).norm() <= 1e-2 * moved, name
+        assert (weights[name] - value).norm() <= drift * moved, name
 
 
 def really(strategy: str, seen: list[dict[str, Any]]) -> None:
@@ -139,6 +139,41 @@ def test_two_processes_are_one_run_and_go_on_after_a_kill(strategy: str, folder:
     found, expected = (load_file(tmp_path / out / "model" / "model.safetensors") for out in ("cut", "whole"))
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "strategy", ["fsdp2", *(pytest.param(name, marks=scale) for name in ("ddp", "zero2", "zero3"))]
+)
+def test_a_full_disk_or_a_damaged_file_of_one_process_stops_or_sets_back_all(
+    strategy: str, folder: Path, tmp_path: Path
+) -> None:
+    values = {**stages(folder), "parallel": strategy, "checkpoint_every": 1}
+    alone(values, tmp_path / "alone")
+    rank = 0 if strategy == "ddp" else 1  # whoever writes something within a stage
+    code, said = together(values, tmp_path / "out", FULL_AT=f"{rank}.6")
+    assert code != 0
+    assert "No space left on device" in said
+    kept = sorted((tmp_path / "out" / "checkpoints").glob("*"))
+    assert len(kept) == 2  # whole ones; what could not be written is gone
+    harmed = next(file for file in sorted(kept[-1].rglob("*"), reverse=True) if file.suffix in (".safetensors", ".pt"))
+    data = bytearray(harmed.read_bytes())
+    data[-1] ^= 1
+    harmed.write_bytes(data)
+    code, said = together(values, tmp_path / "out")
+    assert code == 0, said[-3000:]
+    assert said.count("checkpoint passed over") == 1
+    assert harmed.name in said
+    same_run(tmp_path / "out", tmp_path / "alone", values)
+
+
+@scale
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_in_bfloat16(strategy: str, folder: Path, tmp_path: Path) -> None:
+    values = {**stages(folder), "parallel": strategy, "dtype": "bfloat16"}
+    alone(values, tmp_path / "alone")
+    code, said = together(values, tmp_path / "whole")
+    assert code == 0, said[-3000:]
+    same_run(tmp_path / "whole", tmp_path / "alone", values, rounding=2e-3, drift=0.1)
 
 
 @scale

@@ -1,10 +1,13 @@
 """One of several processes that share a run: `torchrun tests/training/together.py RUN.yaml OUT`.
 
 The first one writes OUT/seen.json: how the weights of each stage were really held, and by how many processes.
+KILLED_AT=2.7 kills it in the second stage before the run's eighth step; FULL_AT=1.3 fills the disk of the process of
+rank 1 when it writes its fourth checkpoint.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -12,10 +15,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import distributed, nn
 
 from vlmzoo.config import RunConfig, load
 from vlmzoo.sweeps.trial import run_trial
+from vlmzoo.training import checkpoint
 from vlmzoo.training import run as loop
 from vlmzoo.training.engines import Engine
 
@@ -53,8 +58,21 @@ def main(config: str, out: str) -> None:
         taken.append(None)
         return take(*arguments)
 
+    save = checkpoint.save
+
+    def save_on_full_disk(*arguments: Any) -> None:
+        rank, _, number = os.environ.get("FULL_AT", "").partition(".")
+        if rank == str(distributed.get_rank()) and number == str(len(saved)):
+            checkpoint.save_file = torch.save = full  # DeepSpeed writes by itself
+        saved.append(None)
+        save(*arguments)
+
+    def full(*arguments: Any, **named: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    saved: list[None] = []
     taken: list[None] = []
-    loop.make_engine, loop.take_step = make_engine, take_step
+    loop.make_engine, loop.take_step, checkpoint.save = make_engine, take_step, save_on_full_disk
     run_trial(load(RunConfig, Path(config)), Path(out), Path(out, "cache"))
     if os.environ["RANK"] == "0":
         Path(out, "seen.json").write_text(json.dumps(seen))

@@ -33,6 +33,10 @@ class Progress:
     total: int = 0
 
 
+class TornError(OSError):
+    """One process could not write while all took steps together: it ends, and with it those that wait for it."""
+
+
 def save(
     folder: Path, progress: Progress, config_hash: str, write: Callable[[Path], None], processes: Processes
 ) -> None:
@@ -48,6 +52,8 @@ def save(
             if processes.first:
                 state = {**asdict(progress), "config_hash": config_hash, "processes": processes.world}
                 (place / "state.json").write_text(json.dumps(state))
+        except TornError:
+            raise
         except (OSError, SafetensorError) as raised:
             error = raised if isinstance(raised, OSError) else OSError(errno.EIO, f"cannot be written ({raised})")
         (failed,) = processes.total(error is not None)

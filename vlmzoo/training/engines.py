@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -304,7 +305,10 @@ class ZeROEngine(ShardedEngine):
         return norm, {}  # the gradients of parts are not there any more
 
     def save_shard(self, place: Path) -> None:
-        self.module.save_checkpoint(str(place), tag="zero", save_latest=False, exclude_frozen_parameters=True)
+        try:
+            self.module.save_checkpoint(str(place), tag="zero", save_latest=False, exclude_frozen_parameters=True)
+        except (OSError, RuntimeError) as error:  # the latter is what torch makes of a full disk
+            raise checkpoint.TornError(errno.EIO, f"cannot be written ({error})", str(place)) from error
 
     def load(self, place: Path) -> None:
         # DeepSpeed unpickles: these are our own files, which have just been held to their hashes.

@@ -25,7 +25,7 @@ from vlmzoo.language.layers import compiled
 from vlmzoo.language.packing import packs
 from vlmzoo.model import VisionLanguageModel
 from vlmzoo.processor import VisionLanguageProcessor
-from vlmzoo.samples import HostBatch, SampleSet
+from vlmzoo.samples import READERS, HostBatch, SampleSet
 from vlmzoo.training import adapters, checkpoint
 from vlmzoo.training.checkpoint import Progress
 from vlmzoo.training.engines import Engine, make_engine
@@ -100,7 +100,8 @@ def train(
                 engine.load(place)
             place = None
             order = islice(data.order(stage, run.seed.data, start), total - start)
-            steps = held.enter_context(closing(prefetched(order, partial(make_step, engine, data), data.ahead)))
+            made = prefetched(order, partial(make_step, engine, data), data.ahead, workers=READERS)
+            steps = held.enter_context(closing(made))
             for step in range(start, total):
                 began = time.perf_counter()
                 for group in engine.optimizer.param_groups:
@@ -109,9 +110,9 @@ def train(
                 seeds = (run.seed.dropout, index, step, *([processes.rank] if processes.rank else []))
                 waiting = Stopwatch()
                 with waiting:
-                    made = next(steps)
+                    work = next(steps)
                 with seeded(*seeds), counter:
-                    figures = take_step(engine, data, made, f"stage {name}, step {step}: ")
+                    figures = take_step(engine, data, work, f"stage {name}, step {step}: ")
                 figures["data_seconds"] += waiting.seconds
                 if isinstance(counter, FlopCounterMode):
                     figures["flops"] = int(processes.total(counter.get_total_flops())[0])
