@@ -35,6 +35,8 @@ from transformers.utils import logging
 import vlmzoo.language.decoders  # noqa: F401  # makes them known to AutoModelForCausalLM
 from vlmzoo.config import ConnectorConfig, DataConfig, EncoderConfig, LLMConfig, RunConfig, own_rate
 from vlmzoo.connector import Connector, TextSpec, TokenConnector, TokenConnectorAdapter, VisionSpec, connectors
+from vlmzoo.data.sources.opening import open_source
+from vlmzoo.data.sources.source import Source
 from vlmzoo.registry import unknown
 from vlmzoo.vision.several import SeveralTowers
 from vlmzoo.vision.towers import image_side, tower
@@ -298,10 +300,13 @@ def image_processor(config: EncoderConfig) -> Any:
     return found
 
 
-def dataset(config: DataConfig) -> tuple[Path, Path]:
-    """The JSON file and the image folder of a data set; `world:NAME` is drawn into a cache folder at first use.
+def source(config: DataConfig) -> Source:
+    """The records of a data set; `world:NAME` is drawn into a cache folder at first use.
 
     The world has no end: a limit says how many of its records are drawn.
+
+    Raises:
+        RecordError: a data set that cannot be opened. A faulty record is refused when it is read.
     """
     if config.path.startswith("world:"):
         from vlmzoo import world
@@ -311,9 +316,8 @@ def dataset(config: DataConfig) -> tuple[Path, Path]:
         if name not in world.DATASETS:
             raise unknown("world data set", name, world.DATASETS)
         file = write_dataset(name, cache_folder() / "world", config.limit or world.DATASETS[name], seed=0)
-    else:
-        file = Path(config.path).expanduser()
-    return file, Path(config.images).expanduser() if config.images else file.parent / "images"
+        config = dataclasses.replace(config, path=str(file), format="llava")
+    return open_source(config, cache_folder() / "indexes", source)
 
 
 def cache_folder() -> Path:

@@ -24,6 +24,7 @@ Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "
 Parallel = Literal["ddp", "fsdp2", "zero2", "zero3"]
 Features = Literal["compute", "bfloat16", "float8"]
 Sight = Literal["image", "nothing", "description"]
+Format = Literal["llava", "parquet", "huggingface", "webdataset", "captions", "coco", "scienceqa", "mixture"]
 Baseline = Literal["blind", "oracle"]
 SIGHT: dict[Baseline, Sight] = {"blind": "nothing", "oracle": "description"}
 
@@ -73,14 +74,15 @@ class LLMConfig:
 
 @dataclass
 class DataConfig:
-    """LLaVA JSON and its image folder, or `world:NAME`."""
+    """A data set of any format of docs/data.md: LLaVA JSON and its image folder, `world:NAME`, and so on."""
 
     path: str
-    images: str | None = None  # None: `images/` beside the JSON
+    images: str | None = None  # a folder or URL; None: `images/` beside the file
     template: Template = Template.vicuna_v1
     image_mode: Literal["square", "pad", "native"] = "pad"  # centre crop, square with the mean colour, or as it is
     limit: int | None = field(default=None, metadata=at_least(1))  # only the first so many records
     max_length: int = field(default=2048, metadata=at_least(1))  # tokens, visual ones included
+    format: Format | None = field(default=None, metadata=ADDED)  # None: told from the path
 
 
 @dataclass

@@ -9,11 +9,12 @@ import os
 import shutil
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -21,6 +22,29 @@ from tqdm import tqdm
 MANIFEST = "sha256.json"
 SETTLED = 2 * 10**9  # nanoseconds after a change within which another may bear the same time
 HASHES = 65536  # files between two writings of their hashes
+
+
+class StoredBytes(ABC):
+    """Bytes that have no file of their own: part of an archive, a cell of a table, what a URL names.
+
+    Equal ones are the same bytes; `str` names them in messages, and tells them from all others.
+    """
+
+    @abstractmethod
+    def read(self) -> bytes:
+        """All of them; any thread may ask.
+
+        Raises:
+            OSError: they are not there, or not all of them.
+        """
+
+    @property
+    def file(self) -> Path | None:
+        """The file on this machine that they are part of: while it stays as it is, so do they."""
+        return None
+
+
+F = TypeVar("F", bound=Path | StoredBytes)
 
 
 @contextmanager
@@ -125,12 +149,13 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def content_hashes(files: Iterable[Path], folder: Path) -> dict[Path, str]:
-    """SHA-256 of each file's bytes; those of files that stay as they are are kept in `folder`, and not read again.
+def content_hashes(files: Iterable[F], folder: Path) -> dict[F, str]:
+    """SHA-256 of each file's bytes, or of stored bytes; while files stay as they are, theirs are kept in `folder`.
 
     A file is taken for the one that was hashed while its size and its times of change (of the content, and of the
     inode, which no tool sets back) are the same, to the nanosecond. One that changed moments before it was hashed is
-    read again the next time: a clock may be too coarse to tell a second change from the first.
+    read again the next time: a clock may be too coarse to tell a second change from the first. Stored bytes stand with
+    the file that they are part of; those that are part of none are read every time.
     """
     paths = list(dict.fromkeys(files))
     index = folder / f"{hashlib.sha256(json.dumps(sorted(map(str, paths))).encode()).hexdigest()[:16]}.json"
@@ -143,7 +168,7 @@ def content_hashes(files: Iterable[Path], folder: Path) -> dict[Path, str]:
     return {path: known[path] for path in paths}
 
 
-def _hash(known: dict[Path, str], stamps: dict[Path, list[int]], index: Path) -> None:
+def _hash(known: dict[F, str], stamps: dict[F, list[int] | None], index: Path) -> None:
     """Adds the hashes of all files that lack one, and writes down those that can be believed later."""
     unknown = [path for path in stamps if path not in known]
     settled = time.time_ns() - SETTLED
@@ -151,19 +176,28 @@ def _hash(known: dict[Path, str], stamps: dict[Path, list[int]], index: Path) ->
     with bar, ThreadPoolExecutor() as pool:
         for start in range(0, len(unknown), HASHES):  # written as it goes: killed here, only these are lost
             part = unknown[start : start + HASHES]
-            for path, digest in zip(part, pool.map(sha256, part), strict=True):
+            for path, digest in zip(part, pool.map(_content_hash, part), strict=True):
                 known[path] = digest
                 bar.update()
-            kept = {str(path): [known[path], *stamps[path]] for path in known if max(stamps[path][1:]) < settled}
+            stood = ((path, stamp) for path in known if (stamp := stamps[path]) and max(stamp[1:]) < settled)
+            kept = {str(path): [known[path], *stamp] for path, stamp in stood}
             write_whole(index, json.dumps(kept))
 
 
-def _stamp(path: Path) -> list[int]:
-    found = path.stat()
+def _content_hash(path: Path | StoredBytes) -> str:
+    return sha256(path) if isinstance(path, Path) else hashlib.sha256(path.read()).hexdigest()
+
+
+def _stamp(path: Path | StoredBytes) -> list[int] | None:
+    """Size and times of change of a file, or of the one that bytes are part of; None: of none."""
+    file = path if isinstance(path, Path) else path.file
+    if file is None:
+        return None
+    found = file.stat()
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
-def _known(index: Path, stamps: dict[Path, list[int]]) -> dict[Path, str]:
+def _known(index: Path, stamps: dict[F, list[int] | None]) -> dict[F, str]:
     """The hashes of files that are as they were; none where the index is not there or broken."""
     try:
         found = json.loads(index.read_text(encoding="utf-8"))

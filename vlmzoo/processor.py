@@ -17,7 +17,7 @@ from transformers import AutoProcessor, AutoTokenizer, BatchFeature, ProcessorMi
 from vlmzoo import build
 from vlmzoo.config import DataConfig, EncoderConfig, RunConfig
 from vlmzoo.connector import Grid, ImageLayout
-from vlmzoo.data.images import cut, image_size, native_size, to_native_pixel_values, to_pixel_values
+from vlmzoo.data.images import ImageFile, cut, image_size, native_size, to_native_pixel_values, to_pixel_values
 from vlmzoo.data.samples import SampleBuilder
 from vlmzoo.model import VisionLanguageConfig, VisionLanguageModel
 
@@ -79,7 +79,7 @@ class Layouts:
         height, width = (side // self.patch_size for side in self.native(size))
         return ImageLayout(((height, width),), size, token_budget)
 
-    def of_file(self, path: Path, where: str, mode: ImageMode = "pad") -> ImageLayout:
+    def of_file(self, path: ImageFile, where: str, mode: ImageMode = "pad") -> ImageLayout:
         """The layout of an image in a file, which is read where its size matters; `where` names it in messages."""
         matters = self.tiled or mode == "native"
         return self.of_image(

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -16,12 +17,13 @@ from torch import Tensor
 from vlmzoo import build
 from vlmzoo.config import DataConfig, Features, Sight, StageConfig
 from vlmzoo.data.collate import Side, collate
-from vlmzoo.data.images import load_image
+from vlmzoo.data.images import ImageFile, load_image
 from vlmzoo.data.layout import BatchLayout
 from vlmzoo.data.order import batches
 from vlmzoo.data.prefetch import prefetched
-from vlmzoo.data.records import Record, RecordError, read_records
+from vlmzoo.data.records import Record, RecordError
 from vlmzoo.data.samples import Sample
+from vlmzoo.data.sources.source import Source
 from vlmzoo.data.token_cache import TokenCache
 from vlmzoo.model import VisionLanguageModel
 from vlmzoo.processor import VisionLanguageProcessor, image_inputs
@@ -30,6 +32,8 @@ from vlmzoo.vision.shards import StoredFeatures
 
 READERS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 """Threads that decode images while those before them are computed on."""
+CHECKED = 50_000
+"""Records up to which a data set is read when it is opened, so that a faulty one is refused before training starts."""
 
 
 def seen(record: Record, sees: Sight) -> Record:
@@ -45,6 +49,27 @@ def seen(record: Record, sees: Sight) -> Record:
     return record.seen_as(record.description if sees == "description" else None)
 
 
+class Seen(Source):
+    """The records of a source as an arm sees them."""
+
+    def __init__(self, source: Source, sees: Sight) -> None:
+        self._source = source
+        self._sees: Sight = sees
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Record:
+        return seen(self._source[index], self._sees)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return self._source.fingerprint()
+
+    @property
+    def blocks(self) -> np.ndarray | None:
+        return self._source.blocks
+
+
 @dataclass(frozen=True)
 class HostBatch:
     """A batch in the host's memory, pinned where the model is on a GPU."""
@@ -55,7 +80,7 @@ class HostBatch:
 
 
 class SampleSet:
-    """The records of a data set, read and checked; samples are built when they are asked for.
+    """The records of a data set; samples are built when they are asked for, and a small set is checked at once.
 
     Args:
         cache: the folder of features and token ids, filled at the first batch; None: texts are tokenised and images
@@ -63,6 +88,9 @@ class SampleSet:
         sees: what stands in the place of each image.
         encoder_moves: its features are not kept then.
         features: how they are stored.
+
+    Raises:
+        RecordError, ImageError: a data set that cannot be opened, or a faulty record of a small one.
     """
 
     def __init__(
@@ -76,12 +104,14 @@ class SampleSet:
         encoder_moves: bool = False,
         features: Features = "compute",
     ) -> None:
-        self.records = [seen(record, sees) for record in read_records(*build.dataset(data), data.limit)]
+        self.records: Source = Seen(build.source(data), sees)
+        if len(self.records) <= CHECKED:
+            for _ in self.records:
+                pass
         self._model, self._processor, self._data, self._cache_folder = model, processor, data, cache
         self._encoder_moves, self._sees = encoder_moves, sees
         self._stored: Features = features
         self._builder = processor.sample_builder(data)
-        self._where = {path: record.where for record in self.records for path in record.images}
 
     def __len__(self) -> int:
         return len(self.records)
@@ -102,8 +132,8 @@ class SampleSet:
             ValueError: that leaves none.
         """
         groups: dict[int, list[int]] = {}
-        for index, record in enumerate(self.records[:count]):
-            groups.setdefault(len(record.images), []).append(index)
+        for index in range(min(count, len(self.records))):
+            groups.setdefault(len(self.records[index].images), []).append(index)
         swaps = [group for number, group in groups.items() if number and len(group) > 1]
         if not swaps:
             raise ValueError(f"no two of the first {count} records of {self._data.path} have images to swap")
@@ -113,10 +143,10 @@ class SampleSet:
 
     def order(self, stage: StageConfig, seed: int, start_step: int = 0) -> Iterator[list[int]]:
         """Endless batches of indices, from a step on."""
-        text_only = [not record.images for record in self.records] if stage.group_by == "modality_length" else None
-        for batch in batches(len(self.records), stage.batch_size, seed, start_step, text_only):
+        text_only = self._words[1] if stage.group_by == "modality_length" else None
+        for batch in batches(len(self), stage.batch_size, seed, start_step, text_only, self.records.blocks):
             if stage.group_by is not None:
-                batch.sort(key=lambda index: -sum(len(turn.text.split()) for turn in self.records[index].turns))
+                batch.sort(key=lambda index: -self._words[0][index])
             yield batch
 
     def batch(self, samples: Sequence[Sample], padding_side: Side = "right") -> dict[str, Any]:
@@ -134,10 +164,11 @@ class SampleSet:
         moved, features = collate(samples, pad_token_id=pad, padding_side=padding_side), ()
         kept: dict[str, Any] = {}
         images = [path for sample in samples for path in sample.images]
+        where = [sample.record.where for sample in samples for _ in sample.images]
         if images and self._features is not None:
             features = self._features.read(images, pinned=pinned)
         elif images:
-            crops = [self._processor.crops(self._image(path), self._data.image_mode) for path in images]
+            crops = [self._crops(*image) for image in zip(images, where, strict=True)]
             kept |= image_inputs(crops, [layout for sample in samples for layout in sample.layouts])
             moved["pixel_values"] = kept.pop("pixel_values")
         if padding_side == "right":
@@ -168,7 +199,7 @@ class SampleSet:
         layout = self._processor.layouts.of_image((size, size))
         images: dict[str, Any]
         if self._features is not None:
-            first = self._features.read([next(iter(self._where))])
+            first = self._features.read([next(iter(self._images))])
             images = {"image_features": tuple(stored.on(device) for stored in first)}
         else:
             images = dict(image_inputs([self._processor.crops(image, self._data.image_mode)], [layout]))
@@ -207,7 +238,7 @@ class SampleSet:
     @cached_property
     def _features(self) -> FeatureCache | None:
         several_sizes = self._processor.layouts.tiled or self._data.image_mode == "native"
-        if self._cache_folder is None or not self._where or several_sizes or self._encoder_moves:
+        if self._cache_folder is None or several_sizes or self._encoder_moves or not self._images:
             return None
         preprocessing = {
             "mode": self._data.image_mode,
@@ -217,7 +248,7 @@ class SampleSet:
         }
         return FeatureCache(
             self._model.vision,
-            list(self._where),
+            list(self._images),
             self._pixels,
             preprocessing,
             self._model.connector.requires,
@@ -225,11 +256,25 @@ class SampleSet:
             self._stored,
         )
 
-    def _pixels(self, groups: Iterable[Sequence[Path]]) -> Iterator[Tensor]:
-        def pixels(paths: Sequence[Path]) -> Tensor:
-            return torch.cat([self._processor.crops(self._image(path), self._data.image_mode) for path in paths])
+    @cached_property
+    def _images(self) -> dict[ImageFile, int]:
+        """Every image, and the last record that has it."""
+        return {path: index for index, record in enumerate(self.records) for path in record.images}
+
+    @cached_property
+    def _words(self) -> tuple[np.ndarray, np.ndarray]:
+        """How many words each record has, and whether it is text alone."""
+        words, text_only = np.zeros(len(self), np.int32), np.zeros(len(self), bool)
+        for index, record in enumerate(self.records):
+            words[index] = sum(len(turn.text.split()) for turn in record.turns)
+            text_only[index] = not record.images
+        return words, text_only
+
+    def _pixels(self, groups: Iterable[Sequence[ImageFile]]) -> Iterator[Tensor]:
+        def pixels(images: Sequence[ImageFile]) -> Tensor:
+            return torch.cat([self._crops(image, self.records[self._images[image]].where) for image in images])
 
         return prefetched(groups, pixels, 2 * READERS, workers=READERS)
 
-    def _image(self, path: Path) -> Image.Image:
-        return load_image(path, where=self._where[path])
+    def _crops(self, image: ImageFile, where: str) -> Tensor:
+        return self._processor.crops(load_image(image, where=where), self._data.image_mode)

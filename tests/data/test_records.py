@@ -4,10 +4,16 @@ from typing import Any
 
 import pytest
 
+from vlmzoo import build
+from vlmzoo.config import DataConfig
 from vlmzoo.data.images import ImageError
-from vlmzoo.data.records import RecordError, Turn, read_records
+from vlmzoo.data.records import Record, RecordError, Turn
 
 Write = Callable[[Any], Path]
+
+
+def read_records(file: Path, images: Path, limit: int | None = None) -> list[Record]:
+    return list(build.source(DataConfig(str(file), str(images), limit=limit)))
 
 
 def conversation(*texts: str) -> list[dict[str, str]]:
@@ -116,7 +122,7 @@ def test_broken_files(text: str, message: str, write: Write, image_folder: Path)
 
 
 def test_unreadable_files(tmp_path: Path, image_folder: Path, write: Write) -> None:
-    with pytest.raises(RecordError, match=r"absent\.json: cannot be read"):
+    with pytest.raises(RecordError, match=r"absent\.json: no such file; expected LLaVA JSON"):
         read_records(tmp_path / "absent.json", image_folder)
     latin = tmp_path / "latin.json"
     latin.write_bytes('["é"]'.encode("latin-1"))

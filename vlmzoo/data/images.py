@@ -1,7 +1,8 @@
-"""Image files -> pixel values: contained in their folder, capped before decoding, decoded whole or not at all."""
+"""Images -> pixel values: files within their folder, capped before decoding, decoded whole or not at all."""
 
 from __future__ import annotations
 
+import io
 import math
 import struct
 import warnings
@@ -14,8 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from vlmzoo.connector import Grid
+from vlmzoo.files import StoredBytes
 
 MAX_PIXELS = 64_000_000
+
+ImageFile = Path | StoredBytes
 
 
 class ImageError(ValueError):
@@ -40,7 +44,7 @@ def image_path(folder: Path, name: str, where: str) -> Path:
     return path
 
 
-def load_image(path: Path, *, where: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_image(path: ImageFile, *, where: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image in RGB.
 
     Args:
@@ -54,19 +58,19 @@ def load_image(path: Path, *, where: str = "", max_pixels: int = MAX_PIXELS) -> 
         return image.convert("RGB")
 
 
-def image_size(path: Path, *, where: str = "") -> tuple[int, int]:
+def image_size(path: ImageFile, *, where: str = "") -> tuple[int, int]:
     """(height, width) in pixels, which are not decoded; raises as `load_image`."""
     with _opened(path, where, MAX_PIXELS) as image:
         return image.height, image.width
 
 
 @contextmanager
-def _opened(path: Path, where: str, max_pixels: int) -> Iterator[Image.Image]:
+def _opened(path: ImageFile, where: str, max_pixels: int) -> Iterator[Image.Image]:
     name = f"{where}: image {path}" if where else f"image {path}"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own cap is below
-            image = Image.open(path)
+            image = Image.open(path if isinstance(path, Path) else io.BytesIO(path.read()))
         with image:
             width, height = image.size
             if max(width, height) ** 2 > max_pixels:

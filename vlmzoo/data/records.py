@@ -1,14 +1,13 @@
-"""LLaVA's JSON -> records whose structure has been checked."""
+"""LLaVA's records, of whatever source -> records whose structure has been checked."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
-from vlmzoo.data.images import image_path
+from vlmzoo.data.images import ImageFile
+from vlmzoo.files import StoredBytes
 
 IMAGE_TOKEN = "<image>"
 Role = Literal["human", "gpt"]
@@ -30,7 +29,7 @@ class Record:
     """A conversation about images. Human and gpt turns alternate; the n-th `<image>` stands for the n-th image."""
 
     id: str
-    images: tuple[Path, ...]
+    images: tuple[ImageFile, ...]
     turns: tuple[Turn, ...]
     where: str  # names the record in messages: train.json[17] (id 'abc')
     capability: str | None = None  # what a question asks for, in evaluation data
@@ -45,55 +44,38 @@ class Record:
         return replace(self, images=(), turns=tuple(turns))
 
 
-def read_records(json_path: Path, image_folder: Path, limit: int | None = None) -> list[Record]:
-    """The records of a LLaVA JSON file, every one checked; images are found but not decoded.
+def to_record(value: Any, where: str, name: str, find: Callable[[str, str], ImageFile]) -> Record:
+    """A record of LLaVA's form, checked; its images are found but not decoded.
 
-    `image` is a path below the image folder, or a list of several; without it a record is text alone. A record
-    without `id` is known by its index.
+    `image` is a name, or stored bytes, or a list of several; without it a record is text alone.
 
     Args:
-        limit: only the first so many records.
+        where: names the record in messages, to which its `id` is added.
+        name: its id where it has none.
+        find: the image of a name; its second argument names the record in messages.
 
     Raises:
-        RecordError: a file that is no JSON list or holds no record, or a record with a fault.
-        ImageError: an image that is missing or lies outside the folder.
+        RecordError: a record with a fault.
+        ImageError: what `find` raises.
     """
-    try:
-        values = json.loads(json_path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise RecordError(f"{json_path}: not valid JSON at line {error.lineno}: {error.msg}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecordError(f"{json_path}: cannot be read ({error})") from None
-    if not isinstance(values, list):
-        raise RecordError(f"{json_path}: expected a list of records, got {_kind(values)}")
-    if limit is not None and limit < 1:
-        raise RecordError(f"{json_path}: limit {limit} leaves no record; expected at least 1")
-    if not values:
-        raise RecordError(f"{json_path}: holds no record; expected at least one")
-    if any(isinstance(value, dict) and value.get("image") for value in values[:limit]) and not image_folder.is_dir():
-        raise RecordError(f"{json_path}: its records have images, but there is no image folder {image_folder}")
-    folder = image_folder.resolve()
-    return [_record(value, f"{json_path.name}[{index}]", index, folder) for index, value in enumerate(values[:limit])]
-
-
-def _record(value: Any, where: str, index: int, folder: Path) -> Record:
     if not isinstance(value, dict):
         raise RecordError(f"{where}: expected an object with `conversations`, got {_kind(value)}")
-    name = str(value.get("id", index))
+    name = str(value.get("id", name))
     where = f"{where} (id {name!r})"
     turns = _turns(value, where)
-    names = value.get("image", [])
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(item, str) and item for item in names):
+    images = value.get("image", [])
+    images = [images] if isinstance(images, str | StoredBytes) else images
+    if not isinstance(images, list) or not all(isinstance(item, str | StoredBytes) and item for item in images):
         raise RecordError(f"{where}: `image` must be a path or a list of paths, got {value['image']!r}")
     placeholders = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
-    if placeholders != len(names):
-        raise RecordError(f"{where}: {placeholders} {IMAGE_TOKEN} in its human turns for {len(names)} images")
+    if placeholders != len(images):
+        raise RecordError(f"{where}: {placeholders} {IMAGE_TOKEN} in its human turns for {len(images)} images")
     extras = {key: value.get(key) for key in ("capability", "description")}
     for key, extra in extras.items():
         if not isinstance(extra, str | None):
             raise RecordError(f"{where}: `{key}` must be a text, got {_kind(extra)}")
-    return Record(name, tuple(image_path(folder, item, where) for item in names), turns, where, **extras)
+    found = tuple(find(item, where) if isinstance(item, str) else item for item in images)
+    return Record(name, found, turns, where, **extras)
 
 
 def _turns(value: Mapping[str, Any], where: str) -> tuple[Turn, ...]:

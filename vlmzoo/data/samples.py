@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from vlmzoo.config import Template
 from vlmzoo.connector import ImageLayout
+from vlmzoo.data.images import ImageFile
 from vlmzoo.data.records import IMAGE_TOKEN, Record, RecordError
 from vlmzoo.data.templates import Rendered, Renderer, instruction_texts, special_tokens
 from vlmzoo.data.tokens import Tokenised, tokenise
@@ -24,7 +24,7 @@ class Sample:
 
     input_ids: list[int]
     labels: list[int]  # IGNORE where there is no target
-    images: tuple[Path, ...]
+    images: tuple[ImageFile, ...]
     layouts: tuple[ImageLayout, ...]  # one an image
     instruction_ids: tuple[list[int], ...]  # one an image where the connector reads the instruction, else none
     record: Record
@@ -48,7 +48,7 @@ class SampleBuilder:
     tokenizer: PreTrainedTokenizerBase
     image_token_id: int
     num_tokens: Callable[[ImageLayout], int]
-    layout: Callable[[Path, str], ImageLayout]
+    layout: Callable[[ImageFile, str], ImageLayout]
     template: Template
     max_length: int
     instruction: bool = False

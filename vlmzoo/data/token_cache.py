@@ -21,11 +21,14 @@ from tqdm import tqdm
 from vlmzoo.data import templates, tokens
 from vlmzoo.data.records import Record
 from vlmzoo.data.samples import SampleBuilder
+from vlmzoo.data.sources.source import Source
 from vlmzoo.data.tokens import Tokenised
 from vlmzoo.files import computed_once
 
 SHARD = 8192  # conversations a file: what is held in memory while they are written
 BATCH = 256  # conversations a call of the tokenizer
+
+Records = Sequence[Record] | Source
 
 
 class TokenCache:
@@ -41,7 +44,7 @@ class TokenCache:
         RecordError: a conversation that the template cannot express.
     """
 
-    def __init__(self, builder: SampleBuilder, records: Sequence[Record], folder: Path) -> None:
+    def __init__(self, builder: SampleBuilder, records: Records, folder: Path) -> None:
         place = folder / _key(builder, records)
         computed_once(place, lambda aside: _write(builder, records, aside), "token cache")
         self._shards = [_Shard(file) for file in sorted(place.glob("*.safetensors"))]
@@ -77,14 +80,14 @@ class _Shard:
         )
 
 
-def _write(builder: SampleBuilder, records: Sequence[Record], place: Path) -> None:
+def _write(builder: SampleBuilder, records: Records, place: Path) -> None:
     bar = tqdm(total=len(records), desc="tokens", unit="text", file=sys.stderr, disable=not sys.stderr.isatty())
     with bar:
         for start in range(0, len(records), SHARD):
-            shard, found = records[start : start + SHARD], []
-            for first in range(0, len(shard), BATCH):
-                found += builder.tokens(shard[first : first + BATCH])
-                bar.update(len(found) - first)
+            found, end = [], min(start + SHARD, len(records))
+            for first in range(start, end, BATCH):
+                found += builder.tokens([records[index] for index in range(first, min(first + BATCH, end))])
+                bar.update(start + len(found) - first)
             save_file(_tensors(found), place / f"{start // SHARD:05}.safetensors")
 
 
@@ -108,7 +111,7 @@ def _ends(rows: Iterable[Sized]) -> Tensor:
     return torch.tensor(list(accumulate(len(row) for row in rows)), dtype=torch.int64)
 
 
-def _key(builder: SampleBuilder, records: Sequence[Record]) -> str:
+def _key(builder: SampleBuilder, records: Records) -> str:
     tokenizer: Any = builder.tokenizer
     deciding = {
         "code": [inspect.getsource(module) for module in (templates, tokens)],
@@ -120,6 +123,6 @@ def _key(builder: SampleBuilder, records: Sequence[Record]) -> str:
         "instruction": builder.instruction,
     }
     digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode())
-    for record in records:
-        digest.update(json.dumps([turn.text for turn in record.turns]).encode())
+    for index in range(len(records)):
+        digest.update(json.dumps([turn.text for turn in records[index].turns]).encode())
     return digest.hexdigest()[:16]

@@ -14,7 +14,6 @@ import torch
 
 from vlmzoo import __version__, build
 from vlmzoo.config import DataConfig, RunConfig, config_hash
-from vlmzoo.files import sha256
 
 ADAPTING = ("peft", "bitsandbytes")  # for LoRA, and for weights quantized beneath it
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow")
@@ -45,19 +44,22 @@ def manifest(run: RunConfig, processes: int = 1) -> dict[str, Any]:
     }
 
 
-def fingerprints(data: Iterable[DataConfig]) -> dict[str, dict[str, str]]:
-    """Each data set's file and its SHA-256, by the name that the run gives it."""
-    files = {item.path: build.dataset(item)[0] for item in data}
-    missing = next((file for file in files.values() if not file.is_file()), None)
-    if missing is not None:
-        raise ValueError(f"{missing}: no such file; expected LLaVA JSON")
-    return {name: {"file": _portable(file), "sha256": sha256(file)} for name, file in files.items()}
+def fingerprints(data: Iterable[DataConfig]) -> dict[str, dict[str, Any]]:
+    """What tells each data set from others, its file and SHA-256 among it, by the name that the run gives it."""
+    return {item.path: _portable(build.source(item).fingerprint()) for item in data}
 
 
-def _portable(file: Path) -> str:
-    """The path, one in the cache as everybody has it."""
+def _portable(value: Any) -> Any:
+    """The fingerprint with paths in the cache as everybody has them."""
+    if isinstance(value, list):
+        return [_portable(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    found = {key: _portable(item) for key, item in value.items()}
     cache = build.cache_folder()
-    return f"$VLMZOO_CACHE/{file.relative_to(cache).as_posix()}" if file.is_relative_to(cache) else str(file)
+    if "file" in found and (file := Path(found["file"])).is_relative_to(cache):
+        found["file"] = f"$VLMZOO_CACHE/{file.relative_to(cache).as_posix()}"
+    return found
 
 
 def git() -> dict[str, Any] | None:

@@ -7,10 +7,12 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlmzoo.sweeps.plan import Trial
+
+if TYPE_CHECKING:
+    from vlmzoo.data.images import ImageFile
 
 A_CAPABILITY = 8  # samples of each
 THUMBNAIL = 288  # pixels a side at most
@@ -83,20 +85,18 @@ def _predictions(trial: Trial, task: str) -> dict[str, dict[str, Any]]:
     return {item["id"]: item for item in map(json.loads, lines)}
 
 
-def _images(trial: Trial, task: str) -> dict[str, Path]:
+def _images(trial: Trial, task: str) -> dict[str, ImageFile]:
     """Question -> its first image, as far as the data set is still there."""
     from vlmzoo import build
-    from vlmzoo.data.records import read_records
 
     data = trial.run.evaluation[task].data
     try:
-        records = read_records(*build.dataset(data), data.limit)
+        return {record.id: record.images[0] for record in build.source(data) if record.images}
     except ValueError:
         return {}
-    return {record.id: record.images[0] for record in records if record.images}
 
 
-def _thumbnail(file: Path | None) -> str | None:
+def _thumbnail(file: ImageFile | None) -> str | None:
     if file is None:
         return None
     from vlmzoo.data.images import load_image

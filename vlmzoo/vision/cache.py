@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from vlmzoo.config import Features
 from vlmzoo.connector import FeatureRequest, Layer
-from vlmzoo.files import content_hashes, held
+from vlmzoo.files import StoredBytes, content_hashes, held
 from vlmzoo.vision.encoder import VisionEncoder
 from vlmzoo.vision.shards import DamageError, Error, Shard, StoredFeatures, narrowed, write_shard
 
@@ -25,7 +25,8 @@ SHARD = 256  # images a file: what one process computes at a time, and holds in 
 FORMAT = 2
 NOT_VALUES = ("_name_or_path", "transformers_version")  # of a configuration: where it came from
 
-Pixels = Callable[[Iterable[Sequence[Path]]], Iterator[Tensor]]
+ImageFile = Path | StoredBytes
+Pixels = Callable[[Iterable[Sequence[ImageFile]]], Iterator[Tensor]]
 
 
 class FeatureCache:
@@ -38,7 +39,7 @@ class FeatureCache:
 
     Args:
         encoder: frozen; its `chunk_size` makes the features equal, bit for bit, to those of a run without a cache.
-        images: files; those with equal bytes are stored once.
+        images: files, or stored bytes; those with equal bytes are stored once.
         to_pixels: pixel values (images, 3, height, width) of each of some groups of files, all images of one size.
         preprocessing: names everything that decides what `to_pixels` does.
         folder: where caches stand; made if it is not there.
@@ -51,7 +52,7 @@ class FeatureCache:
     def __init__(
         self,
         encoder: VisionEncoder,
-        images: Sequence[Path],
+        images: Sequence[ImageFile],
         to_pixels: Pixels,
         preprocessing: dict,
         request: FeatureRequest,
@@ -91,7 +92,7 @@ class FeatureCache:
         shards = (shard for layer in self._layers for shard in layer.shards.values())
         return reduce(Error.__add__, (shard.error for shard in shards)).relative
 
-    def read(self, images: Sequence[Path], *, pinned: bool = False) -> tuple[StoredFeatures, ...]:
+    def read(self, images: Sequence[ImageFile], *, pinned: bool = False) -> tuple[StoredFeatures, ...]:
         """The features of these images in this order, one item a requested layer. Any thread may read.
 
         Args:

@@ -1,0 +1,243 @@
+"""WebDataset's shards: tar files whose members of one name make a record, found once and read by their bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tarfile
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from vlmzoo.data.records import Record, RecordError, to_record
+from vlmzoo.data.sources.captions import IMAGES
+from vlmzoo.data.sources.llava import LARGE
+from vlmzoo.data.sources.packed import Texts, caption
+from vlmzoo.data.sources.parquet import matching
+from vlmzoo.data.sources.source import Source, checked, file_ends, files_fingerprint, unreadable
+from vlmzoo.data.storage import FilePart, Place, name_of, opened, read_range
+from vlmzoo.files import computed_once
+
+TALK, CAPTION, IMAGE = range(3)
+BLOCK = 512  # bytes, tar's
+Member = tuple[str, int, int]  # name, first byte, bytes
+
+
+class WebDataset(Source):
+    """Records of tar shards: `KEY.json`, or the caption `KEY.txt`, and the images `KEY.jpg`, `KEY.1.png`, …
+
+    A JSON is LLaVA's record; its n-th image is the n-th in the shard, whatever `image` calls it. One without
+    `conversations`, as img2dataset writes, leaves the word to the caption.
+
+    Args:
+        path: of a shard, a folder of them, a pattern, or several as `shard-{000..009}.tar`.
+        cache: where the index is kept, of shards that are large together.
+
+    Raises:
+        RecordError: no shard, a damaged one, or no record in any.
+    """
+
+    def __init__(self, path: str, cache: Path) -> None:
+        self._path = path
+        self._shards = [file for part in braces(path) for file in matching(part, ".tar")]
+        try:
+            found = self._kept(cache)
+        except OSError as error:
+            raise unreadable(path, error) from None
+        self._starts, self._sizes, self._kinds = found["starts"], found["sizes"], found["kinds"]
+        self._members = found["members"]  # where a record's end, (records + 1,)
+        self._records = found["records"]  # where a shard's end
+        self._keys = Texts([])
+        self._keys.memory, self._keys.bounds = found["keys"], found["key_bounds"]
+        if not len(self):
+            raise RecordError(f"{path}: holds no record; expected members such as 000.jpg and 000.txt")
+
+    def __len__(self) -> int:
+        return len(self._members) - 1
+
+    def __getitem__(self, index: int) -> Record:
+        shard = int(np.searchsorted(self._records, checked(index, len(self)), side="right"))
+        file, key = self._shards[shard], self._keys[index]
+        number = index - (int(self._records[shard - 1]) if shard else 0)
+        where = f"{name_of(file)}[{number}]"
+        images, texts = [], {}
+        for member in range(int(self._members[index]), int(self._members[index + 1])):
+            start, size = int(self._starts[member]), int(self._sizes[member])
+            if (kind := int(self._kinds[member])) == IMAGE:
+                images.append(FilePart(file, start, size, f"{key}#{len(images)}"))
+            else:
+                texts[kind] = (start, size)
+        value = self._value(file, f"{where} (id {key!r})", key, texts)
+        value.setdefault("id", key)
+        value.pop("image", None)
+        return to_record(value | ({"image": images} if images else {}), where, key, _unnamed)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return files_fingerprint(self._path, self._shards)
+
+    @property
+    def blocks(self) -> np.ndarray | None:
+        return None
+
+    def _value(self, file: Place, where: str, key: str, texts: dict[int, tuple[int, int]]) -> dict[str, Any]:
+        try:
+            if TALK in texts:
+                value = json.loads(read_range(file, *texts[TALK]).decode("utf-8"))
+                if not isinstance(value, dict) or "conversations" in value or CAPTION not in texts:
+                    return value if isinstance(value, dict) else {"conversations": value}
+            if CAPTION in texts:
+                return caption(key, [], read_range(file, *texts[CAPTION]).decode("utf-8").strip())
+        except json.JSONDecodeError as error:
+            raise RecordError(f"{where}: its .json is not valid JSON: {error.msg}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecordError(f"{where}: cannot be read ({error})") from None
+        raise RecordError(f"{where}: has neither .json nor .txt")
+
+    def _kept(self, cache: Path) -> dict[str, np.ndarray]:
+        """The index; that of large shards from the cache, where their paths, sizes, times and ends are the key."""
+        stamps, total = [], 0
+        for file in self._shards:
+            size, ends = file_ends(file)
+            time = file.stat().st_mtime_ns if isinstance(file, Path) else None
+            name = str(file.resolve() if isinstance(file, Path) else file)
+            stamps.append([name, size, time, hashlib.sha256(ends).hexdigest()])
+            total += size
+        if total < LARGE:
+            return _index(self._shards)
+        place = cache / hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]
+
+        def write(folder: Path) -> None:
+            for name, values in _index(self._shards).items():
+                np.save(folder / f"{name}.npy", values, allow_pickle=False)
+
+        computed_once(place, write, "index")
+        return {file.stem: np.load(file, allow_pickle=False) for file in place.glob("*.npy")}
+
+
+def _unnamed(name: str, where: str) -> Any:
+    raise AssertionError(f"{where}: images of shards are found by their bytes, not as {name}")
+
+
+def braces(path: str) -> list[str]:
+    """`a-{00..11}.tar` as its twelve names; others as they are."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", path)
+    if found is None:
+        return [path]
+    first, last = found.groups()
+    if int(first) > int(last):
+        raise RecordError(f"{path}: {found.group()} counts down; expected the lower number first")
+    numbers = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
+    return [name for number in numbers for name in braces(path[: found.start()] + number + path[found.end() :])]
+
+
+def _index(shards: list[Place]) -> dict[str, np.ndarray]:
+    """Where every member stands, which record has it, and what records are called; packed."""
+    starts, sizes, kinds, members, records = array("q"), array("q"), array("B"), array("q", [0]), array("q")
+
+    def keys() -> Iterator[str]:
+        for shard in shards:
+            last = None
+            for name, start, size in _members(shard):
+                key, kind = _parts(name)
+                if kind is None:
+                    continue
+                if key != last:
+                    if last is not None:
+                        members.append(len(starts))
+                    yield key
+                    last = key
+                starts.append(start)
+                sizes.append(size)
+                kinds.append(kind)
+            if last is not None:
+                members.append(len(starts))
+            records.append(len(members) - 1)
+
+    texts = Texts(keys())
+    return {
+        "starts": np.array(starts, np.int64),
+        "sizes": np.array(sizes, np.int64),
+        "kinds": np.array(kinds, np.uint8),
+        "members": np.array(members, np.int64),
+        "records": np.array(records, np.int64),
+        "keys": texts.memory,
+        "key_bounds": texts.bounds,
+    }
+
+
+def _parts(name: str) -> tuple[str, int | None]:
+    """A member's key, and what it is to its record; None: nothing."""
+    folder, slash, last = name.rpartition("/")
+    key, _, ending = last.partition(".")
+    ending = ending.lower()
+    if ending in ("json", "txt"):
+        kind = TALK if ending == "json" else CAPTION
+    else:
+        kind = IMAGE if f".{ending}".endswith(IMAGES) else None
+    return folder + slash + key, kind
+
+
+def _members(shard: Place) -> Iterator[Member]:
+    """The files in a shard, in their order.
+
+    Raises:
+        RecordError: it is no tar file, or a damaged one.
+    """
+    try:
+        with opened(shard) as stream:
+            found = _plain_members(stream)
+            yield from _any_members(stream) if found is None else found
+    except (tarfile.TarError, EOFError, ValueError, OSError) as error:
+        raise RecordError(f"{shard}: damaged, or no tar file ({error})") from None
+
+
+def _any_members(stream: BinaryIO) -> Iterator[Member]:
+    end = stream.seek(0, 2)
+    stream.seek(0)
+    with tarfile.open(fileobj=stream, mode="r:") as archive:
+        for member in archive:
+            if member.isreg():
+                if member.offset_data + member.size > end:
+                    raise ValueError(f"{member.name} ends behind the file")
+                yield member.name, member.offset_data, member.size
+
+
+def _plain_members(stream: BinaryIO) -> list[Member] | None:
+    """The same where all headers are plain, as those of data sets are, without an object for each; else None."""
+    found: list[Member] = []
+    end, at = stream.seek(0, 2), 0
+    stream.seek(0)
+    while at + BLOCK <= end:
+        stream.seek(at)
+        header = stream.read(BLOCK)
+        if not any(header[:8]) and header.count(0) == BLOCK:
+            return found
+        size, kind = _octal(header[124:136]), header[156:157]
+        total = sum(header) - sum(header[148:156]) + 8 * 32
+        if size is None or total != _octal(header[148:156]) or kind not in (b"0", b"\0", b"5", b"x"):
+            return None
+        if at + BLOCK + size > end:
+            raise ValueError(f"ends before byte {at + BLOCK + size}")
+        if kind == b"x":  # of what comes next; a time alone changes nothing here
+            said = stream.read(size)
+            if b" path=" in said or b" size=" in said or b" GNU." in said:
+                return None
+        elif kind != b"5":
+            name, prefix = header[:100].rstrip(b"\0"), header[345:500].rstrip(b"\0")
+            if prefix and header[257:263] != b"ustar\0":
+                return None
+            text = (prefix + b"/" + name if prefix else name).decode("utf-8", errors="surrogateescape")
+            if text.endswith("/"):
+                return None
+            found.append((text, at + BLOCK, size))
+        at += BLOCK + -(-size // BLOCK) * BLOCK
+    raise ValueError(f"ends at byte {end}, before its last block")
+
+
+def _octal(digits: bytes) -> int | None:
+    text = digits.strip(b"\0 ")
+    return int(text, 8) if text and all(48 <= digit < 56 for digit in text) else None
