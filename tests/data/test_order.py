@@ -1,8 +1,10 @@
 from itertools import islice
 
+import numpy as np
 import pytest
 
 from vlmzoo.data.order import batches, epoch_order
+from vlmzoo.training.processes import Processes
 
 
 def test_an_epoch_is_a_permutation_of_its_own() -> None:
@@ -52,3 +54,25 @@ def test_batches_by_modality_hold_one_kind(batch_size: int) -> None:
 def test_batches_by_modality_can_be_continued_from(start: int) -> None:
     whole = list(islice(batches(53, 4, 0, 0, TEXT_ONLY), 40))
     assert list(islice(batches(53, 4, 0, start, TEXT_ONLY), 40 - start)) == whole[start:]
+
+
+def test_ranks_share_the_steps_of_one_process() -> None:
+    """Every rank is given the whole step and takes its part: the same records for one, two and three of them."""
+    blocks = np.arange(10, 6001, 10)
+    for kind in (None, blocks):
+        steps = list(islice(batches(6000, 12, 0, blocks=kind), 40))
+        for world in (1, 2, 3):
+            ranks = [Processes(rank=rank, world=world) for rank in range(world)]
+            for micro in (None, 2):
+                shares = [[rank.micro_batches(step, micro) for rank in ranks] for step in steps]
+                found = [sorted(i for share in step for part in share for i in part) for step in shares]
+                assert found == [sorted(step) for step in steps]
+
+
+def test_blocks_change_nothing_where_one_window_holds_all() -> None:
+    assert epoch_order(2000, 0, 1, blocks=np.arange(10, 2001, 10)) == epoch_order(2000, 0, 1)
+    assert epoch_order(3000, 0, 1, blocks=np.arange(10, 3001, 10)) != epoch_order(3000, 0, 1)
+
+
+def test_the_order_of_published_runs_stands() -> None:
+    assert epoch_order(10, 0, 0) == [4, 6, 2, 7, 3, 5, 9, 0, 8, 1]

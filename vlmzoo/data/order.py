@@ -23,8 +23,10 @@ def epoch_order(
         text_only: of each record; batches then hold records of one kind, but for the one in which an epoch ends and
             the next one begins. Source: LLaVA's `group_by_modality_length`.
         blocks: where runs of records end that are read together. Blocks are permuted then, and records only within
-            windows of whole blocks that hold at least `WINDOW` of them.
+            windows of whole blocks that hold at least `WINDOW` of them; where one window holds them all, blocks
+            change nothing.
     """
+    blocks = None if num_records <= WINDOW else blocks
     random = np.random.default_rng([seed, epoch])
     order = (random.permutation(num_records) if blocks is None else _by_blocks(blocks, random)).tolist()
     if text_only is None:

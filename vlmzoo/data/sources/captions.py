@@ -86,7 +86,7 @@ def _pairs(folder: Path) -> Iterator[str]:
             raise RecordError(f"{folder}: {below}{twice} has two images or captions; expected one of each")
         if alone := sorted(stems - captions):
             raise RecordError(
-                f"{folder}: image {below}{alone[0]} has no caption; expected {alone[0]}.txt or .caption beside it"
+                f"{folder}: an image {below}{alone[0]} has no caption; expected {alone[0]}.txt or .caption beside it"
             )
         if alone := sorted(captions - stems):
             raise RecordError(f"{folder}: caption {below}{alone[0]} has no image beside it")

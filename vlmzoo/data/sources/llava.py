@@ -64,7 +64,8 @@ class LlavaFile(Source):
 
     def _value(self, index: int) -> Any:
         try:
-            return json.loads(self._slice(index).decode("utf-8"))
+            text = self._slice(index).decode("utf-8")
+            return json.loads(text.rstrip("\r\n") if self._lines else text)
         except UnicodeDecodeError as error:
             raise unreadable(self._file, error) from None
         except json.JSONDecodeError as error:

@@ -7,9 +7,10 @@ import json
 import re
 import tarfile
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -19,12 +20,13 @@ from vlmzoo.data.sources.llava import LARGE
 from vlmzoo.data.sources.packed import Texts, caption
 from vlmzoo.data.sources.parquet import matching
 from vlmzoo.data.sources.source import Source, checked, file_ends, files_fingerprint, unreadable
+from vlmzoo.data.sources.tar import Member, OddError, any_members, plain_members
 from vlmzoo.data.storage import FilePart, Place, name_of, opened, read_range
 from vlmzoo.files import computed_once
 
 TALK, CAPTION, IMAGE = range(3)
-BLOCK = 512  # bytes, tar's
-Member = tuple[str, int, int]  # name, first byte, bytes
+TEXTS = {"json": TALK, "txt": CAPTION}
+READERS = 8  # shards behind URLs that are looked through at once; on a disk one is as fast
 
 
 class WebDataset(Source):
@@ -72,23 +74,19 @@ class WebDataset(Source):
             else:
                 texts[kind] = (start, size)
         value = self._value(file, f"{where} (id {key!r})", key, texts)
-        value.setdefault("id", key)
-        value.pop("image", None)
-        return to_record(value | ({"image": images} if images else {}), where, key, _unnamed)
+        if isinstance(value, dict):
+            value = {"id": key, **value, "image": images}
+        return to_record(value, where, key, _unnamed)
 
     def fingerprint(self) -> dict[str, Any]:
         return files_fingerprint(self._path, self._shards)
 
-    @property
-    def blocks(self) -> np.ndarray | None:
-        return None
-
-    def _value(self, file: Place, where: str, key: str, texts: dict[int, tuple[int, int]]) -> dict[str, Any]:
+    def _value(self, file: Place, where: str, key: str, texts: dict[int, tuple[int, int]]) -> Any:
         try:
             if TALK in texts:
                 value = json.loads(read_range(file, *texts[TALK]).decode("utf-8"))
                 if not isinstance(value, dict) or "conversations" in value or CAPTION not in texts:
-                    return value if isinstance(value, dict) else {"conversations": value}
+                    return value
             if CAPTION in texts:
                 return caption(key, [], read_range(file, *texts[CAPTION]).decode("utf-8").strip())
         except json.JSONDecodeError as error:
@@ -136,36 +134,62 @@ def braces(path: str) -> list[str]:
 
 def _index(shards: list[Place]) -> dict[str, np.ndarray]:
     """Where every member stands, which record has it, and what records are called; packed."""
-    starts, sizes, kinds, members, records = array("q"), array("q"), array("B"), array("q", [0]), array("q")
+    with ThreadPoolExecutor(1 if isinstance(shards[0], Path) else READERS) as pool:
+        parts = list(pool.map(_shard_index, shards))
+    found = {name: np.concatenate([part[name] for part in parts]) for name in ("starts", "sizes", "kinds", "keys")}
+    found["records"] = np.cumsum([len(part["members"]) for part in parts])
+    for ends, of in (("members", "starts"), ("key_bounds", "keys")):
+        begins = np.cumsum([0, *(len(part[of]) for part in parts)])
+        moved = [part[ends] + begin for part, begin in zip(parts, begins, strict=False)]
+        found[ends] = np.concatenate([np.zeros(1, np.int64), *moved])
+    return found
+
+
+def _shard_index(shard: Place) -> dict[str, np.ndarray]:
+    """The same of one shard; bounds are ends alone.
+
+    Raises:
+        RecordError: it is no tar file, or a damaged one.
+    """
+    for members in (plain_members, any_members):
+        try:
+            with opened(shard) as stream:
+                return _packed(members(stream))
+        except OddError:
+            continue
+        except (tarfile.TarError, EOFError, ValueError, OSError) as error:
+            raise RecordError(f"{shard}: damaged, or no tar file ({error})") from None
+    raise AssertionError("any_members raises no OddError")
+
+
+def _packed(members: Iterable[Member]) -> dict[str, np.ndarray]:
+    starts, sizes, kinds, ends = array("q"), array("q"), array("B"), array("q")
 
     def keys() -> Iterator[str]:
-        for shard in shards:
-            last = None
-            for name, start, size in _members(shard):
-                key, kind = _parts(name)
-                if kind is None:
-                    continue
-                if key != last:
-                    if last is not None:
-                        members.append(len(starts))
-                    yield key
-                    last = key
-                starts.append(start)
-                sizes.append(size)
-                kinds.append(kind)
-            if last is not None:
-                members.append(len(starts))
-            records.append(len(members) - 1)
+        last = None
+        for name, start, size in members:
+            key, kind = _parts(name)
+            if kind is None:
+                continue
+            if key != last:
+                if last is not None:
+                    ends.append(len(starts))
+                yield key
+                last = key
+            starts.append(start)
+            sizes.append(size)
+            kinds.append(kind)
+        if last is not None:
+            ends.append(len(starts))
 
     texts = Texts(keys())
     return {
         "starts": np.array(starts, np.int64),
         "sizes": np.array(sizes, np.int64),
         "kinds": np.array(kinds, np.uint8),
-        "members": np.array(members, np.int64),
-        "records": np.array(records, np.int64),
+        "members": np.array(ends, np.int64),
         "keys": texts.memory,
-        "key_bounds": texts.bounds,
+        "key_bounds": texts.bounds[1:],
     }
 
 
@@ -173,71 +197,7 @@ def _parts(name: str) -> tuple[str, int | None]:
     """A member's key, and what it is to its record; None: nothing."""
     folder, slash, last = name.rpartition("/")
     key, _, ending = last.partition(".")
-    ending = ending.lower()
-    if ending in ("json", "txt"):
-        kind = TALK if ending == "json" else CAPTION
-    else:
-        kind = IMAGE if f".{ending}".endswith(IMAGES) else None
+    kind = TEXTS.get(ending)
+    if kind is None and f".{ending.lower()}".endswith(IMAGES):
+        kind = IMAGE
     return folder + slash + key, kind
-
-
-def _members(shard: Place) -> Iterator[Member]:
-    """The files in a shard, in their order.
-
-    Raises:
-        RecordError: it is no tar file, or a damaged one.
-    """
-    try:
-        with opened(shard) as stream:
-            found = _plain_members(stream)
-            yield from _any_members(stream) if found is None else found
-    except (tarfile.TarError, EOFError, ValueError, OSError) as error:
-        raise RecordError(f"{shard}: damaged, or no tar file ({error})") from None
-
-
-def _any_members(stream: BinaryIO) -> Iterator[Member]:
-    end = stream.seek(0, 2)
-    stream.seek(0)
-    with tarfile.open(fileobj=stream, mode="r:") as archive:
-        for member in archive:
-            if member.isreg():
-                if member.offset_data + member.size > end:
-                    raise ValueError(f"{member.name} ends behind the file")
-                yield member.name, member.offset_data, member.size
-
-
-def _plain_members(stream: BinaryIO) -> list[Member] | None:
-    """The same where all headers are plain, as those of data sets are, without an object for each; else None."""
-    found: list[Member] = []
-    end, at = stream.seek(0, 2), 0
-    stream.seek(0)
-    while at + BLOCK <= end:
-        stream.seek(at)
-        header = stream.read(BLOCK)
-        if not any(header[:8]) and header.count(0) == BLOCK:
-            return found
-        size, kind = _octal(header[124:136]), header[156:157]
-        total = sum(header) - sum(header[148:156]) + 8 * 32
-        if size is None or total != _octal(header[148:156]) or kind not in (b"0", b"\0", b"5", b"x"):
-            return None
-        if at + BLOCK + size > end:
-            raise ValueError(f"ends before byte {at + BLOCK + size}")
-        if kind == b"x":  # of what comes next; a time alone changes nothing here
-            said = stream.read(size)
-            if b" path=" in said or b" size=" in said or b" GNU." in said:
-                return None
-        elif kind != b"5":
-            name, prefix = header[:100].rstrip(b"\0"), header[345:500].rstrip(b"\0")
-            if prefix and header[257:263] != b"ustar\0":
-                return None
-            text = (prefix + b"/" + name if prefix else name).decode("utf-8", errors="surrogateescape")
-            if text.endswith("/"):
-                return None
-            found.append((text, at + BLOCK, size))
-        at += BLOCK + -(-size // BLOCK) * BLOCK
-    raise ValueError(f"ends at byte {end}, before its last block")
-
-
-def _octal(digits: bytes) -> int | None:
-    text = digits.strip(b"\0 ")
-    return int(text, 8) if text and all(48 <= digit < 56 for digit in text) else None
