@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from vlmzoo.files import damage, whole_folder, write_whole
+from vlmzoo import files
+from vlmzoo.files import StoredBytes, damage, whole_folder, write_whole
 
 
 def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -67,3 +72,40 @@ def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(
         write_whole(file, "new")
     assert file.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+@dataclass(frozen=True)
+class Part(StoredBytes):
+    """A byte of a file, or of none on this machine."""
+
+    number: int
+    archive: Path | None
+    read_by: list[int] = field(compare=False)
+
+    @property
+    def file(self) -> Path | None:
+        return self.archive
+
+    def __str__(self) -> str:
+        return f"part {self.number}"
+
+    def read(self) -> bytes:
+        self.read_by.append(self.number)
+        return bytes([self.number])
+
+
+def test_hashes_of_stored_bytes_stand_with_their_file(tmp_path: Path) -> None:
+    archive, read = tmp_path / "archive", []
+    archive.write_text("x")
+    os.utime(archive, ns=(1, 1))
+    later = files.time.time_ns() + 10 * files.SETTLED
+    parts = [Part(1, archive, read), Part(2, archive, read), Part(3, None, read)]
+    with mock.patch.object(files.time, "time_ns", return_value=later):
+        first = files.content_hashes(parts, tmp_path / "hashes")
+        assert first[parts[1]] == hashlib.sha256(b"\2").hexdigest()
+        assert sorted(read) == [1, 2, 3]
+        assert files.content_hashes(parts, tmp_path / "hashes") == first
+        assert sorted(read) == [1, 2, 3, 3]  # what no file says anything about is read again
+        archive.write_text("other")
+        files.content_hashes(parts, tmp_path / "hashes")
+    assert sorted(read) == [1, 1, 2, 2, 3, 3, 3]

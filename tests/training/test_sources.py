@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tests.data.sources.conftest import add
 from tests.training.conftest import metrics
+from tests.training.test_kills import killed
 from vlmzoo.data import order
 from vlmzoo.training import run as loop
 from vlmzoo.training.run import TrainingResult
@@ -120,3 +121,10 @@ def test_stopped_it_ends_the_same(
     found, _ = train_in(values, tmp_path / "stopped")
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.scale
+def test_killed_it_ends_the_same(values: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    values["checkpoint_every"] = 2
+    values["evaluation"]["colors"]["data"] = values["stages"]["finetune"]["data"]
+    assert killed(on(values, folder, tmp_path / "data", mixture), tmp_path / "out", 1)
