@@ -136,7 +136,7 @@ def memory(name: str) -> float:
 def records(count: int) -> Iterator[tuple[str, str, str, str]]:
     """Id, image, the human's text and the answer; a kilobyte in all."""
     draw = random.Random(0)
-    answers = [" ".join(draw.choices(WORDS, k=160)) for _ in range(TALKS)]
+    answers = [" ".join(draw.choices(WORDS, k=200)) for _ in range(TALKS)]
     for number in range(count):
         yield f"{number:09}", f"{number % TALKS}.png", "<image>\nWhat is in the image?", answers[number % TALKS]
 

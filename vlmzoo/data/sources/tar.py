@@ -28,6 +28,7 @@ def plain_members(stream: BinaryIO) -> Iterator[Member]:
     end, at = stream.seek(0, 2), 0
     headers: list[bytes] = []
     starts: list[int] = []
+    sizes: list[int] = []
     while True:
         stream.seek(at)
         header = stream.read(BLOCK)
@@ -35,9 +36,9 @@ def plain_members(stream: BinaryIO) -> Iterator[Member]:
             raise ValueError(f"ends at byte {end}, before its last block")
         if header[0] == 0 and header.count(0) == BLOCK:
             break
-        size, kind = _octal(header[124:136]), header[156]
-        if at + BLOCK + size > end:
-            raise ValueError(f"ends before byte {at + BLOCK + size}")
+        size, kind, start = _octal(header[124:136]), header[156], at + BLOCK
+        if start + size > end:
+            raise ValueError(f"ends before byte {start + size}")
         if kind == 120:  # `x`, of what comes next: a time alone changes nothing here
             said = stream.read(size)
             if any(word in said for word in (b" path=", b" size=", b" GNU.")):
@@ -45,12 +46,13 @@ def plain_members(stream: BinaryIO) -> Iterator[Member]:
         elif kind not in (0, 48, 53):  # a file; 53: a folder
             raise OddError(f"type {kind}")
         headers.append(header)
-        starts.append(at + BLOCK)
+        starts.append(start)
+        sizes.append(size)
         if len(headers) == HEADERS:
-            yield from _checked(headers, starts)
-            headers, starts = [], []
-        at += BLOCK + -(-size // BLOCK) * BLOCK
-    yield from _checked(headers, starts)
+            yield from _checked(headers, starts, sizes)
+            headers, starts, sizes = [], [], []
+        at = start + (size + BLOCK - 1) // BLOCK * BLOCK
+    yield from _checked(headers, starts, sizes)
 
 
 def any_members(stream: BinaryIO) -> Iterator[Member]:
@@ -74,11 +76,11 @@ def any_members(stream: BinaryIO) -> Iterator[Member]:
             raise ValueError(f"broken header at byte {archive.offset}")
 
 
-def _checked(headers: list[bytes], starts: list[int]) -> Iterator[Member]:
+def _checked(headers: list[bytes], starts: list[int], sizes: list[int]) -> Iterator[Member]:
     """The members of these headers, whose checksums are right."""
     values = np.frombuffer(b"".join(headers), np.uint8).reshape(-1, BLOCK)
     sums = values.sum(1, dtype=np.int64) - values[:, 148:156].sum(1, dtype=np.int64) + 8 * ord(" ")
-    for header, start, total in zip(headers, starts, sums.tolist(), strict=True):
+    for header, start, size, total in zip(headers, starts, sizes, sums.tolist(), strict=True):
         if total != _octal(header[148:156]):
             raise OddError("checksum")
         if header[156] not in (0, 48):
@@ -88,11 +90,11 @@ def _checked(headers: list[bytes], starts: list[int]) -> Iterator[Member]:
             if header[257:263] != b"ustar\0":
                 raise OddError("name")
             name = header[345:500].rstrip(b"\0") + b"/" + name
-        yield name.decode("utf-8", errors="surrogateescape"), start, _octal(header[124:136])
+        yield name.decode("utf-8", errors="surrogateescape"), start, size
 
 
 def _octal(digits: bytes) -> int:
     try:
-        return int(digits.rstrip(b"\0 "), 8)
+        return int(digits.strip(b"\0 "), 8)
     except ValueError:
         raise OddError("number") from None

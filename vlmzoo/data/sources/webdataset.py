@@ -9,6 +9,7 @@ import tarfile
 from array import array
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -168,9 +169,11 @@ def _packed(members: Iterable[Member]) -> dict[str, np.ndarray]:
     def keys() -> Iterator[str]:
         last = None
         for name, start, size in members:
-            key, kind = _parts(name)
+            dot = name.find(".", name.rfind("/") + 1)
+            kind = None if dot < 0 else _kind(name[dot + 1 :])
             if kind is None:
                 continue
+            key = name[:dot]
             if key != last:
                 if last is not None:
                     ends.append(len(starts))
@@ -193,11 +196,7 @@ def _packed(members: Iterable[Member]) -> dict[str, np.ndarray]:
     }
 
 
-def _parts(name: str) -> tuple[str, int | None]:
-    """A member's key, and what it is to its record; None: nothing."""
-    folder, slash, last = name.rpartition("/")
-    key, _, ending = last.partition(".")
-    kind = TEXTS.get(ending)
-    if kind is None and f".{ending.lower()}".endswith(IMAGES):
-        kind = IMAGE
-    return folder + slash + key, kind
+@lru_cache  # a few endings, asked for by every member
+def _kind(ending: str) -> int | None:
+    """What a member with this ending is to its record; None: nothing."""
+    return IMAGE if f".{ending.lower()}".endswith(IMAGES) else TEXTS.get(ending)
