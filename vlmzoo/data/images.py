@@ -19,7 +19,14 @@ MAX_PIXELS = 64_000_000
 
 
 class ImageError(ValueError):
-    """An image that cannot be used; the message names the file and, where it is known, the record."""
+    """An image that cannot be used; the message names the file and, where it is known, the record.
+
+    `kind` says in a word what is wrong.
+    """
+
+    def __init__(self, message: str, kind: str = "broken-image") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 def image_path(folder: Path, name: str, where: str) -> Path:
@@ -32,16 +39,16 @@ def image_path(folder: Path, name: str, where: str) -> Path:
         path = (folder / name).resolve()
         found = path.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # a name too long, a NUL in it, links in a circle
-        raise ImageError(f"{where}: image {name!r} is no usable path ({error})") from None
+        raise ImageError(f"{where}: image {name!r} is no usable path ({error})", "missing-image") from None
     if not path.is_relative_to(folder):
-        raise ImageError(f"{where}: image {name!r} lies outside the image folder {folder}")
+        raise ImageError(f"{where}: image {name!r} lies outside the image folder {folder}", "image-outside")
     if not found:
-        raise ImageError(f"{where}: image {name!r} is not in {folder}")
+        raise ImageError(f"{where}: image {name!r} is not in {folder}", "missing-image")
     return path
 
 
 def load_image(path: Path, *, where: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image in RGB.
+    """The image in RGB; its `format` is the file's, whatever the file's name says.
 
     Args:
         where: names the record in messages.
@@ -51,7 +58,9 @@ def load_image(path: Path, *, where: str = "", max_pixels: int = MAX_PIXELS) -> 
         ImageError: the file is missing, no image, truncated, or too large; the size is read before the pixels are.
     """
     with _opened(path, where, max_pixels) as image:
-        return image.convert("RGB")
+        pixels = image.convert("RGB")
+        pixels.format = image.format
+        return pixels
 
 
 def image_size(path: Path, *, where: str = "") -> tuple[int, int]:
@@ -71,12 +80,16 @@ def _opened(path: Path, where: str, max_pixels: int) -> Iterator[Image.Image]:
             width, height = image.size
             if max(width, height) ** 2 > max_pixels:
                 side = int(max_pixels**0.5)
-                raise ImageError(f"{name} is {width} x {height} pixels; at most {side} x {side} are decoded")
+                raise ImageError(
+                    f"{name} is {width} x {height} pixels; at most {side} x {side} are decoded", "too-many-pixels"
+                )
             yield image
     except Image.DecompressionBombError:
-        raise ImageError(f"{name} has more pixels than can be decoded safely; at most {max_pixels} are") from None
+        raise ImageError(
+            f"{name} has more pixels than can be decoded safely; at most {max_pixels} are", "too-many-pixels"
+        ) from None
     except FileNotFoundError:
-        raise ImageError(f"{name} does not exist") from None
+        raise ImageError(f"{name} does not exist", "missing-image") from None
     except ImageError:
         raise
     except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:  # as PIL's decoders fail

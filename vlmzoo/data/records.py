@@ -16,7 +16,11 @@ ROLES: tuple[Role, Role] = ("human", "gpt")
 
 
 class RecordError(ValueError):
-    """A record or a data set that cannot be used; the message names it."""
+    """A record or a data set that cannot be used; the message names it, `kind` says in a word what is wrong."""
+
+    def __init__(self, message: str, kind: str = "bad-structure") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,7 @@ def read_records(json_path: Path, image_folder: Path, limit: int | None = None) 
     except json.JSONDecodeError as error:
         raise RecordError(f"{json_path}: not valid JSON at line {error.lineno}: {error.msg}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RecordError(f"{json_path}: cannot be read ({error})") from None
+        raise RecordError(f"{json_path}: cannot be read ({error})", "unreadable") from None
     if not isinstance(values, list):
         raise RecordError(f"{json_path}: expected a list of records, got {_kind(values)}")
     if limit is not None and limit < 1:
@@ -88,7 +92,9 @@ def _record(value: Any, where: str, index: int, folder: Path) -> Record:
         raise RecordError(f"{where}: `image` must be a path or a list of paths, got {value['image']!r}")
     placeholders = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
     if placeholders != len(names):
-        raise RecordError(f"{where}: {placeholders} {IMAGE_TOKEN} in its human turns for {len(names)} images")
+        raise RecordError(
+            f"{where}: {placeholders} {IMAGE_TOKEN} in its human turns for {len(names)} images", "image-count"
+        )
     extras = {key: value.get(key) for key in ("capability", "description")}
     for key, extra in extras.items():
         if not isinstance(extra, str | None):
@@ -108,9 +114,9 @@ def _turns(value: Mapping[str, Any], where: str) -> tuple[Turn, ...]:
         if item.get("from") != role:
             raise RecordError(f"{place} is from {item.get('from')!r}, expected {role!r}: human begins, gpt answers")
         if role == "gpt" and not item["value"].strip():
-            raise RecordError(f"{place}: the answer is empty")
+            raise RecordError(f"{place}: the answer is empty", "empty-answer")
         if role == "gpt" and IMAGE_TOKEN in item["value"]:
-            raise RecordError(f"{place}: the answer holds {IMAGE_TOKEN}, which belongs to human turns")
+            raise RecordError(f"{place}: the answer holds {IMAGE_TOKEN}, which belongs to human turns", "image-count")
         turns.append(Turn(role, item["value"]))
     if len(turns) % 2:
         raise RecordError(f"{where}: the last human turn has no answer from gpt")
