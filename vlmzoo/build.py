@@ -35,6 +35,7 @@ from transformers.utils import logging
 import vlmzoo.language.decoders  # noqa: F401  # makes them known to AutoModelForCausalLM
 from vlmzoo.config import ConnectorConfig, DataConfig, EncoderConfig, LLMConfig, RunConfig, own_rate
 from vlmzoo.connector import Connector, TextSpec, TokenConnector, TokenConnectorAdapter, VisionSpec, connectors
+from vlmzoo.data.records import LlavaRecords, Record
 from vlmzoo.registry import unknown
 from vlmzoo.vision.several import SeveralTowers
 from vlmzoo.vision.towers import image_side, tower
@@ -314,6 +315,11 @@ def dataset(config: DataConfig) -> tuple[Path, Path]:
     else:
         file = Path(config.path).expanduser()
     return file, Path(config.images).expanduser() if config.images else file.parent / "images"
+
+
+def source(config: DataConfig) -> Sequence[Record]:
+    """The records of a data set, each read and checked when it is asked for."""
+    return LlavaRecords(*dataset(config), config.limit)
 
 
 def cache_folder() -> Path:

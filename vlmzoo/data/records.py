@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -62,6 +62,24 @@ def read_records(json_path: Path, image_folder: Path, limit: int | None = None) 
         RecordError: a file that is no JSON list or holds no record, or a record with a fault.
         ImageError: an image that is missing or lies outside the folder.
     """
+    return list(LlavaRecords(json_path, image_folder, limit))
+
+
+class LlavaRecords(Sequence[Record]):
+    """The same, each record checked when it is asked for."""
+
+    def __init__(self, json_path: Path, image_folder: Path, limit: int | None = None) -> None:
+        self._values, self._name = _values(json_path, image_folder, limit), json_path.name
+        self._folder = image_folder.resolve()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, index: int) -> Record:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _record(self._values[index], f"{self._name}[{index}]", index, self._folder)
+
+
+def _values(json_path: Path, image_folder: Path, limit: int | None) -> list[Any]:
     try:
         values = json.loads(json_path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -76,8 +94,7 @@ def read_records(json_path: Path, image_folder: Path, limit: int | None = None) 
         raise RecordError(f"{json_path}: holds no record; expected at least one")
     if any(isinstance(value, dict) and value.get("image") for value in values[:limit]) and not image_folder.is_dir():
         raise RecordError(f"{json_path}: its records have images, but there is no image folder {image_folder}")
-    folder = image_folder.resolve()
-    return [_record(value, f"{json_path.name}[{index}]", index, folder) for index, value in enumerate(values[:limit])]
+    return values[:limit]
 
 
 def _record(value: Any, where: str, index: int, folder: Path) -> Record:
