@@ -243,6 +243,36 @@ def _world(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _read_by(parser: argparse.ArgumentParser) -> None:
+    """How a data set that is named by itself is read; a run's YAML says all that."""
+    parser.add_argument("--images", metavar="DIR", help="its images (default: images/ beside the file)")
+    parser.add_argument("--llm", "--tokenizer", metavar="NAME", help="count tokens as this LLM's tokenizer makes them")
+    parser.add_argument("--encoder", metavar="NAME", help="count an image's tokens too, of this encoder")
+    parser.add_argument("--connector", metavar="NAME", help="behind it (default: mlp)")
+    parser.add_argument("--template", metavar="NAME", type=_one_of("template", "plain", "vicuna_v1", "chat"))
+    parser.add_argument("--image-mode", metavar="MODE", type=_one_of("image mode", "square", "pad", "native"))
+    parser.add_argument("--max-length", metavar="N", type=int, help="tokens at which it is cut (default: 2048)")
+    parser.add_argument("--limit", metavar="N", type=int, help="only the first so many records")
+    parser.add_argument("--stage", metavar="NAME", help="of a RUN.yaml, this stage's data alone")
+    _plugin(parser)
+
+
+def _data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "action",
+        metavar="check|show|fetch|verify",
+        type=_one_of("action", *commands.DATA_ACTIONS),
+        help="look for what is wrong; show, download or verify a published set",
+    )
+    parser.add_argument("data", metavar="DATA|RUN.yaml|NAME", help="check: a data set or a run; else a published set")
+    parser.add_argument("more", metavar="DIR|a.b=c", nargs="*", help="verify: its folder; check: keys of the run")
+    _read_by(parser)
+    parser.add_argument("--workers", metavar="N", type=int, help="check: threads (default: one a core, 8 at most)")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="check: write every finding there too")
+    parser.add_argument("--fixed", metavar="DIR", type=Path, help="check: write a copy without what is wrong there")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="fetch: where the set is put (default: data/NAME)")
+
+
 COMMANDS = {
     "list": Command(
         commands.show_list, "list what can be named in a YAML", "vlmzoo list connectors --plugin my.py", _list
@@ -271,6 +301,12 @@ COMMANDS = {
     ),
     "report": Command(
         commands.report, "write a sweep's summary and report again", "vlmzoo report runs/connectors", _report
+    ),
+    "data": Command(
+        commands.data,
+        "check a data set, or fetch a published one",
+        "vlmzoo data check train.json --llm world:llama --json runs/findings.json",
+        _data,
     ),
     "world": Command(commands.world, "build or look at the embedded world", "vlmzoo world show --seed 7", _world),
 }
