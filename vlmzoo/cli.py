@@ -257,6 +257,16 @@ def _read_by(parser: argparse.ArgumentParser) -> None:
     _plugin(parser)
 
 
+def _inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", metavar="DATA|RUN.yaml", help="a data set, or a run with the data of its stages")
+    _overrides(parser, "keys of the run to change")
+    parser.add_argument("--index", metavar="N", type=int, help="of the record (default: 0)")
+    parser.add_argument("--id", metavar="ID", help="of the record, instead")
+    _read_by(parser)
+    parser.add_argument("--html", metavar="FILE", type=Path, help="write a page with its images there too")
+    parser.add_argument("--no-color", action="store_true", help="marks instead of colours, as without a terminal")
+
+
 def _data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "action",
@@ -301,6 +311,12 @@ COMMANDS = {
     ),
     "report": Command(
         commands.report, "write a sweep's summary and report again", "vlmzoo report runs/connectors", _report
+    ),
+    "inspect": Command(
+        commands.inspect,
+        "show a record as the model sees it",
+        "vlmzoo inspect experiments/quick.yaml --stage finetune --index 3 --html runs/record.html",
+        _inspect,
     ),
     "data": Command(
         commands.data,

@@ -232,6 +232,25 @@ def _data_check(args: argparse.Namespace) -> int:
     return 1 if any(report.faulty for report in reports) else 0
 
 
+def inspect(args: argparse.Namespace) -> int:
+    from vlmzoo.files import write_whole
+    from vlmzoo.inspection import page, terminal
+    from vlmzoo.inspection.view import view
+
+    if args.index is not None and args.id is not None:
+        raise ValueError("--id: --index was given too")
+    subject, *others = _subjects(args, args.overrides)
+    shown = view(subject, args.index, args.id)
+    plain = args.no_color or not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR"))
+    print(terminal.render(shown, colour=not plain))
+    if others:
+        print(f"stage {subject.name}; by --stage also {', '.join(other.name for other in others)}")
+    if args.html:
+        write_whole(args.html, page.render(shown))
+        print(args.html)
+    return 0
+
+
 def _subjects(args: argparse.Namespace, overrides: list[str]) -> list[Subject]:
     """What a path on the command line names: the data of a run's stages, or one data set."""
     from vlmzoo import build
