@@ -256,11 +256,11 @@ def _subjects(args: argparse.Namespace, overrides: list[str]) -> list[Subject]:
     from vlmzoo import build
     from vlmzoo.config import DataConfig
     from vlmzoo.config import parse as parse_config
-    from vlmzoo.inspection.subject import RUN_SUFFIXES, of_data, of_run
+    from vlmzoo.inspection.subject import is_run, of_data, of_run
 
     build.load_connectors(args.plugin)
     given = {name: value for name in READ_BY if (value := getattr(args, name)) is not None}
-    if args.data.endswith(RUN_SUFFIXES):
+    if is_run(args.data):
         if given:
             raise ValueError(f"--{next(iter(given)).replace('_', '-')}: {args.data} says it; change it by a.b=c")
         return of_run(Path(args.data), overrides, args.stage)

@@ -13,7 +13,7 @@ from tests.inspection.test_check import subject
 from vlmzoo.config import DataConfig
 from vlmzoo.inspection import fixed
 from vlmzoo.inspection.check import check
-from vlmzoo.inspection.fixed import Fixed, values, write_fixed
+from vlmzoo.inspection.fixed import Fixed, write_fixed
 from vlmzoo.inspection.subject import of_data
 
 LEFT_OUT = {2, 3, 4, 7, 11, 12, 13, 14, 15, 16}
@@ -84,9 +84,6 @@ def test_where_files_cannot_be_linked_they_are_copied(
 def test_nothing_is_written_over_and_nothing_but_json_is_mended(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"train\.json is there already"):
         fix(data, data.parent)
-    (world,) = of_data(DataConfig("world:captions", limit=3))
-    source, _ = fixed.build.dataset(world.data)
-    assert source.suffix == ".json"
     (other,) = of_data(DataConfig(str(tmp_path / "x.parquet")))
     with pytest.raises(ValueError, match="expected a LLaVA JSON or JSONL file"):
         write_fixed(other, check(subject(data), 1), tmp_path / "fixed", 1)
@@ -94,21 +91,3 @@ def test_nothing_is_written_over_and_nothing_but_json_is_mended(data: Path, tmp_
     (broken,) = of_data(DataConfig(str(data)))
     with pytest.raises(ValueError, match="nothing can be mended"):
         write_fixed(broken, check(broken, 1), tmp_path / "fixed", 1)
-
-
-@pytest.mark.parametrize("block", [1, 2, 7, 1 << 20])
-def test_values_come_one_by_one(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fixed, "BLOCK", block)
-    content = [{"a": [1, {"b": "]},["}]}, 123, "x, ]", None, 1.5e-7, [], "é😀", True]
-    file = tmp_path / "a.json"
-    for text in (json.dumps(content), " \n\n" + json.dumps(content, indent=2, ensure_ascii=False)):
-        file.write_text(text, encoding="utf-8")
-        assert list(values(file)) == content
-    file.write_text("[]")
-    assert list(values(file)) == []
-    lines = tmp_path / "a.jsonl"
-    lines.write_text("".join(f"{json.dumps(value)}\n\n" for value in content))
-    assert list(values(lines)) == content
-    file.write_text('[{"a": 1')
-    with pytest.raises(ValueError, match="ends in the middle"):
-        list(values(file))

@@ -15,7 +15,6 @@ from typing import Any, Literal
 from PIL import Image
 from tqdm import tqdm
 
-from vlmzoo import build
 from vlmzoo.data.images import ImageError, load_image
 from vlmzoo.data.prefetch import prefetched
 from vlmzoo.data.records import Record, RecordError
@@ -153,10 +152,7 @@ class _Looker:
         return found
 
     def _read(self, index: int, record: Record) -> _Looked:
-        names = tuple(
-            _digest(str(getattr(image, "name", image) if not isinstance(image, Path) else image))
-            for image in record.images
-        )
+        names = tuple(_digest(str(image)) for image in record.images)
         texts = [turn.text for turn in record.turns]
         one = _Looked(
             index,
@@ -242,11 +238,11 @@ def _image_finding(image: Any) -> Finding | None:
 
 def _unused(subject: Subject, used: set[bytes]) -> Finding | None:
     """The images in the folder of a LLaVA JSON that no record names."""
-    if Path(subject.data.path).suffix not in (".json", ".jsonl"):
+    if Path(subject.data.path).suffix not in (".json", ".jsonl") or not used:
         return None
-    _, folder = build.dataset(subject.data)
+    folder = subject.image_folder
     suffixes = Image.registered_extensions()
-    files = [file for file in folder.resolve().rglob("*") if file.suffix.lower() in suffixes] if used else []
+    files = [file for file in folder.resolve().rglob("*") if file.suffix.lower() in suffixes]
     unused = sorted(str(file) for file in files if _digest(str(file)) not in used)
     if not unused:
         return None

@@ -7,20 +7,19 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from vlmzoo import build
 from vlmzoo.data.images import load_image
 from vlmzoo.data.records import IMAGE_TOKEN
+from vlmzoo.data.values import values
 from vlmzoo.files import whole_file, write_whole
 from vlmzoo.inspection.check import Finding, Report, check
 from vlmzoo.inspection.subject import Subject, wrong_suffix
 
-BLOCK = 1 << 20  # characters read at once
 CHANGES = "changes.jsonl"
 
 
@@ -44,9 +43,7 @@ def write_fixed(subject: Subject, report: Report, folder: Path, workers: int) ->
     Raises:
         ValueError: it is no LLaVA JSON, or a copy stands there already.
     """
-    source, images = build.dataset(subject.data)
-    if source.suffix not in (".json", ".jsonl") or not source.is_file():
-        raise ValueError(f"--fixed: expected a LLaVA JSON or JSONL file, got {subject.data.path}")
+    source, images = subject.file, subject.image_folder
     target = folder / f"{source.stem}.json"
     if target.exists():
         raise ValueError(f"--fixed: {target} is there already; choose another folder")
@@ -76,38 +73,6 @@ def write_fixed(subject: Subject, report: Report, folder: Path, workers: int) ->
     by_record = {index: {c["done"] for c in changes if c["index"] == index} for index in {c["index"] for c in changes}}
     left_out = sum("left out" in done for done in by_record.values())
     return Fixed(target, kept, len(by_record) - left_out, left_out)
-
-
-def values(file: Path) -> Iterator[Any]:
-    """The values of a JSON list, or of JSON lines, one after the other: never more than one in memory.
-
-    Raises:
-        ValueError: the file is neither.
-    """
-    with file.open(encoding="utf-8") as opened:
-        if file.suffix == ".jsonl":
-            yield from (json.loads(line) for line in opened if line.strip())
-            return
-        decoder, text, block = json.JSONDecoder(), opened.read(BLOCK), BLOCK
-        while text.isspace():
-            text = opened.read(BLOCK)
-        place = len(text) - len(text.lstrip()) + 1  # behind the bracket
-        while True:
-            rest = text[place:].lstrip(" \t\r\n,")
-            try:
-                if rest.startswith("]"):
-                    return
-                value, end = decoder.raw_decode(rest)
-                if rest[end : end + 1] not in (*" \t\r\n,]",):  # a number may go on
-                    raise ValueError("cut")
-            except ValueError:
-                more = opened.read(block)
-                if not more:
-                    raise ValueError(f"{file}: ends in the middle of a record") from None
-                text, place, block = rest + more, 0, 2 * block  # one that is longer than a block is not tried in vain
-                continue
-            yield value
-            text, place, block = rest, end, BLOCK
 
 
 def _mended(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import yaml
 from PIL import Image
 
 from vlmzoo import build
@@ -17,8 +18,6 @@ from vlmzoo.data.samples import SampleBuilder
 from vlmzoo.model import VisionLanguageConfig, VisionLanguageModel
 from vlmzoo.processor import Layouts, VisionLanguageProcessor
 from vlmzoo.registry import unknown
-
-RUN_SUFFIXES = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -31,9 +30,37 @@ class Subject:
     processor: VisionLanguageProcessor | None = None  # None: no encoder is named, and an image is one token
     sees: Sight = "image"
 
+    @property
+    def file(self) -> Path:
+        """Its LLaVA JSON or JSON lines.
+
+        Raises:
+            ValueError: it is none, or not on this machine.
+        """
+        file = Path(self.data.path).expanduser()
+        if file.suffix not in (".json", ".jsonl") or not file.is_file():
+            raise ValueError(f"expected a LLaVA JSON or JSONL file, got {self.data.path}")
+        return file
+
+    @property
+    def image_folder(self) -> Path:
+        """Where its images are."""
+        return Path(self.data.images).expanduser() if self.data.images else self.file.parent / "images"
+
     def source(self) -> Sequence[Record]:
         """Its records, each read when it is asked for."""
         return build.source(self.data)
+
+
+def is_run(path: str) -> bool:
+    """Whether a path names a run's YAML, and no data set: one of several data sets has `sources`, and no stages."""
+    if not path.endswith((".yaml", ".yml")):
+        return False
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # `load` says what is wrong with it
+        return True
+    return not (isinstance(values, dict) and "sources" in values)
 
 
 def of_run(file: Path, overrides: Sequence[str] = (), stage: str | None = None) -> list[Subject]:
