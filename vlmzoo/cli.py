@@ -163,7 +163,7 @@ def _dims(text: str) -> tuple[int, int]:
 
 
 def _list(parser: argparse.ArgumentParser) -> None:
-    kinds = ("connectors", "encoders", "llms", "tasks")
+    kinds = ("connectors", "encoders", "llms", "tasks", "datasets")
     parser.add_argument("kind", metavar="KIND", type=_one_of("kind", *kinds), help=", ".join(kinds))
     parser.add_argument(
         "--dims", metavar="VISION,TEXT", type=_dims, help="what each connector costs between widths such as 1024,4096"
@@ -275,7 +275,12 @@ def _data(parser: argparse.ArgumentParser) -> None:
         help="look for what is wrong; show, download or verify a published set",
     )
     parser.add_argument("data", metavar="DATA|RUN.yaml|NAME", help="check: a data set or a run; else a published set")
-    parser.add_argument("more", metavar="DIR|a.b=c", nargs="*", help="verify: its folder; check: keys of the run")
+    parser.add_argument(
+        "more",
+        metavar="DIR|PART|a.b=c",
+        nargs="*",
+        help="verify: its folder; fetch, show: some of its parts; check: keys of the run",
+    )
     _read_by(parser)
     parser.add_argument("--workers", metavar="N", type=int, help="check: threads (default: one a core, 8 at most)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="check: write every finding there too")

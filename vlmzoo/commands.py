@@ -205,7 +205,34 @@ def data(args: argparse.Namespace) -> int:
     for name in {name for names in DATA_ACTIONS.values() for name in names} - set(DATA_ACTIONS[args.action]):
         if getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')}: not for `data {args.action}`")
-    return _data_check(args)
+    return _data_check(args) if args.action == "check" else _data_published(args)
+
+
+def _data_published(args: argparse.Namespace) -> int:
+    """Shows, fetches or verifies a published set, or those of its parts that are named."""
+    from vlmzoo.data.published.fetch import fetch, verify
+    from vlmzoo.data.published.recipes import describe, recipe
+
+    found, more = recipe(args.data), list(args.more)
+    if args.action == "verify" and not more:
+        raise ValueError(f"data verify {args.data}: expected its folder too")
+    folder = Path(more.pop(0)) if args.action == "verify" else args.out or Path("data") / args.data
+    if args.action == "show":
+        print(describe(args.data, found.of_parts(more) if more else found, folder))
+        return 0
+    if args.action == "fetch" and found.parts and not more:
+        raise ValueError(f"data fetch {args.data}: name the parts to fetch; `vlmzoo data show {args.data}` lists them")
+    chosen = found.of_parts(more)
+    if args.action == "fetch":
+        fetch(chosen, folder)
+    faulty = False
+    for verified in verify(chosen, folder):
+        print(
+            f"{'ok' if verified.fault is None else 'WRONG':6}  {verified.what}  {verified.fault or ''}".rstrip(),
+            flush=True,
+        )
+        faulty = faulty or verified.fault is not None
+    return 1 if faulty else 0
 
 
 def _data_check(args: argparse.Namespace) -> int:
