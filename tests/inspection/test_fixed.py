@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.data.damage import SUBJECTS, Case
 from tests.inspection.conftest import RECORDS, record
 from tests.inspection.test_check import subject
 from vlmzoo.config import DataConfig
@@ -91,3 +93,20 @@ def test_nothing_is_written_over_and_nothing_but_json_is_mended(data: Path, tmp_
     (broken,) = of_data(DataConfig(str(data)))
     with pytest.raises(ValueError, match="nothing can be mended"):
         write_fixed(broken, check(broken, 1), tmp_path / "fixed", 1)
+
+
+@pytest.mark.parametrize("what", ["record", "json file", "png", "gif"])
+def test_whatever_is_damaged_the_copy_is_sound_and_no_record_is_lost(what: str, tmp_path: Path) -> None:
+    for seed in range(0, 400, 29):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        case = Case(what, seed)
+        SUBJECTS[what](case, folder, random.Random(f"{case}"))
+        found = subject(folder / "train.json")
+        report = check(found, 1)
+        if any(finding.index is None and finding.severity == "error" for finding in report.findings):
+            continue  # no list of records at all
+        written = write_fixed(found, report, folder / "fixed", 1)
+        assert written.records + written.left_out == report.records
+        if written.records:
+            assert not check(subject(written.file), 1).faulty, case

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlmzoo.connector import Grid
+from vlmzoo.registry import shown
 
 MAX_PIXELS = 64_000_000
 
@@ -38,12 +39,13 @@ def image_path(folder: Path, name: str, where: str) -> Path:
     try:
         path = (folder / name).resolve()
         found = path.is_file()
-    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a NUL in it, links in a circle
-        raise ImageError(f"{where}: image {name!r} is no usable path ({error})", "missing-image") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error  # a name too long, a NUL in it, links in a circle
+        raise ImageError(f"{where}: image {shown(name)} is no usable path ({reason})", "missing-image") from None
     if not path.is_relative_to(folder):
-        raise ImageError(f"{where}: image {name!r} lies outside the image folder {folder}", "image-outside")
+        raise ImageError(f"{where}: image {shown(name)} lies outside the image folder {folder}", "image-outside")
     if not found:
-        raise ImageError(f"{where}: image {name!r} is not in {folder}", "missing-image")
+        raise ImageError(f"{where}: image {shown(name)} is not in {folder}", "missing-image")
     return path
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlmzoo.data.images import image_path
+from vlmzoo.registry import shown
 
 IMAGE_TOKEN = "<image>"
 Role = Literal["human", "gpt"]
@@ -84,8 +85,12 @@ def _values(json_path: Path, image_folder: Path, limit: int | None) -> list[Any]
         values = json.loads(json_path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise RecordError(f"{json_path}: not valid JSON at line {error.lineno}: {error.msg}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise RecordError(f"{json_path}: cannot be read ({error})", "unreadable") from None
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{json_path}: cannot be read ({error})") from None
+    except (RecursionError, ValueError):  # as Python's decoder refuses what JSON allows
+        raise RecordError(f"{json_path}: nested too deeply, or holds a number of thousands of digits") from None
     if not isinstance(values, list):
         raise RecordError(f"{json_path}: expected a list of records, got {_kind(values)}")
     if limit is not None and limit < 1:
@@ -101,12 +106,12 @@ def _record(value: Any, where: str, index: int, folder: Path) -> Record:
     if not isinstance(value, dict):
         raise RecordError(f"{where}: expected an object with `conversations`, got {_kind(value)}")
     name = str(value.get("id", index))
-    where = f"{where} (id {name!r})"
+    where = f"{where} (id {shown(name)})"
     turns = _turns(value, where)
     names = value.get("image", [])
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(item, str) and item for item in names):
-        raise RecordError(f"{where}: `image` must be a path or a list of paths, got {value['image']!r}")
+        raise RecordError(f"{where}: `image` must be a path or a list of paths, got {shown(value['image'])}")
     placeholders = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
     if placeholders != len(names):
         raise RecordError(
@@ -116,6 +121,9 @@ def _record(value: Any, where: str, index: int, folder: Path) -> Record:
     for key, extra in extras.items():
         if not isinstance(extra, str | None):
             raise RecordError(f"{where}: `{key}` must be a text, got {_kind(extra)}")
+    for text in (name, *(turn.text for turn in turns), *(extra or "" for extra in extras.values())):
+        if (place := _half_character(text)) is not None:
+            raise RecordError(f"{where}: {shown(text)} is no text: half a character (a lone surrogate) at {place}")
     return Record(name, tuple(image_path(folder, item, where) for item in names), turns, where, **extras)
 
 
@@ -129,7 +137,9 @@ def _turns(value: Mapping[str, Any], where: str) -> tuple[Turn, ...]:
         if not isinstance(item, dict) or not isinstance(item.get("value"), str):
             raise RecordError(f"{place}: expected an object with texts `from` and `value`, got {_kind(item)}")
         if item.get("from") != role:
-            raise RecordError(f"{place} is from {item.get('from')!r}, expected {role!r}: human begins, gpt answers")
+            raise RecordError(
+                f"{place} is from {shown(item.get('from'))}, expected {role!r}: human begins, gpt answers"
+            )
         if role == "gpt" and not item["value"].strip():
             raise RecordError(f"{place}: the answer is empty", "empty-answer")
         if role == "gpt" and IMAGE_TOKEN in item["value"]:
@@ -138,6 +148,15 @@ def _turns(value: Mapping[str, Any], where: str) -> tuple[Turn, ...]:
     if len(turns) % 2:
         raise RecordError(f"{where}: the last human turn has no answer from gpt")
     return tuple(turns)
+
+
+def _half_character(text: str) -> int | None:
+    """Where a text has one, which JSON can write and no tokenizer or file takes; None: nowhere."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
 
 
 def _kind(value: object) -> str:
