@@ -11,7 +11,7 @@ import numpy as np
 from vlmzoo.inspection.check import Finding, Report
 
 SHOWN = 3  # findings of a kind that are named
-LONGEST = 160  # characters of a message
+LONGEST = 240  # characters of a message
 
 
 def render(report: Report) -> str:
@@ -77,7 +77,7 @@ def _by_kind(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
 
 
 def _records(report: Report, severity: str) -> int:
-    return len({(finding.index, finding.where) for finding in report.findings if finding.severity == severity})
+    return len({finding.index for finding in report.findings if finding.severity == severity} - {None})
 
 
 def _short(message: str) -> str:

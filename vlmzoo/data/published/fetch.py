@@ -94,7 +94,7 @@ def _download(file: RemoteFile, folder: Path) -> None:
     from huggingface_hub.utils import logging
 
     place, said = folder / file.path, logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # what it says of a network that is not there is in our error
+    logging.set_verbosity(50)  # what it says of a network that is not there is in our error
     try:
         if file.repo is not None:
             huggingface_hub.snapshot_download(
@@ -106,7 +106,7 @@ def _download(file: RemoteFile, folder: Path) -> None:
             with part.open("ab") as opened:
                 http_get(file.url, opened, resume_size=opened.tell())
             part.replace(place)
-    except (OSError, ValueError, errors.HTTPError) as error:
+    except (OSError, ValueError, errors.HTTPError) as error:  # pyright: ignore[reportPrivateImportUsage]
         first = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"{file.path}: {file.url or file.repo} gave nothing ({first or type(error).__name__})"
