@@ -228,11 +228,10 @@ def _image_finding(image: Any) -> Finding | None:
         pixels = load_image(image)
     except ImageError as error:
         return Finding(error.kind, None, "", str(error))
-    name = image.name
-    suffix = wrong_suffix(name, pixels)
+    suffix = wrong_suffix(str(image), pixels)
     if suffix is None:
         return None
-    message = f"image {image if isinstance(image, Path) else name} is a {pixels.format}, which ends in {suffix}"
+    message = f"image {image} is a {pixels.format}, which ends in {suffix}"
     return Finding("wrong-extension", None, "", message, "warning")
 
 

@@ -152,7 +152,7 @@ def written(tokenizer: Any, ids: Sequence[int], image_token_id: int) -> list[str
 
 
 def _picture(subject: Subject, image: Any, where: str, slots: int) -> Picture:
-    pixels, name = load_image(image, where=where), image.name
+    pixels, name = load_image(image, where=where), Path(str(image)).name
     processor = subject.processor
     if processor is None:
         return Picture(name, pixels.size, (pixels,), None, slots)
