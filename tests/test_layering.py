@@ -17,7 +17,7 @@ LAYERS = [
     {"model"},
     {"processor", "interop"},
     {"samples"},
-    {"training", "evaluation", "conformance"},
+    {"training", "evaluation", "conformance", "inspection"},
     {"sweeps"},
     {"commands"},
     {"cli"},

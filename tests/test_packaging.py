@@ -39,8 +39,12 @@ def test_wheel_holds_code_models_and_no_tests(wheel: Path):
     assert "vlmzoo/connectors/linear.py" in names
     assert "vlmzoo/kernels/attention.py" in names
     assert any(name.startswith("vlmzoo/world/models/") and name.endswith(".safetensors") for name in names)
+    for folder, suffix in (("vlmzoo/data/published", ".yaml"), ("vlmzoo/inspection", ".html")):
+        data = {f"{folder}/{path.name}" for path in (ROOT / folder).glob(f"*{suffix}")}
+        assert data
+        assert data <= set(names)
     assert not [name for name in names if name.startswith(("tests", "experiments", "connectors/", "kernels/"))]
-    modules = {f"vlmzoo/{path.relative_to(ROOT / 'vlmzoo')}" for path in (ROOT / "vlmzoo").glob("*/*.py")}
+    modules = {f"vlmzoo/{path.relative_to(ROOT / 'vlmzoo')}" for path in (ROOT / "vlmzoo").glob("*/**/*.py")}
     assert modules <= set(names), "a package is missing from pyproject's list"
 
 

@@ -163,7 +163,7 @@ def _dims(text: str) -> tuple[int, int]:
 
 
 def _list(parser: argparse.ArgumentParser) -> None:
-    kinds = ("connectors", "encoders", "llms", "tasks")
+    kinds = ("connectors", "encoders", "llms", "tasks", "datasets")
     parser.add_argument("kind", metavar="KIND", type=_one_of("kind", *kinds), help=", ".join(kinds))
     parser.add_argument(
         "--dims", metavar="VISION,TEXT", type=_dims, help="what each connector costs between widths such as 1024,4096"
@@ -243,6 +243,51 @@ def _world(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _read_by(parser: argparse.ArgumentParser) -> None:
+    """How a data set that is named by itself is read; a run's YAML says all that."""
+    parser.add_argument("--images", metavar="DIR", help="its images (default: images/ beside the file)")
+    parser.add_argument("--llm", "--tokenizer", metavar="NAME", help="count tokens as this LLM's tokenizer makes them")
+    parser.add_argument("--encoder", metavar="NAME", help="count an image's tokens too, of this encoder")
+    parser.add_argument("--connector", metavar="NAME", help="behind it (default: mlp)")
+    parser.add_argument("--template", metavar="NAME", type=_one_of("template", "plain", "vicuna_v1", "chat"))
+    parser.add_argument("--image-mode", metavar="MODE", type=_one_of("image mode", "square", "pad", "native"))
+    parser.add_argument("--max-length", metavar="N", type=int, help="tokens at which it is cut (default: 2048)")
+    parser.add_argument("--limit", metavar="N", type=int, help="only the first so many records")
+    parser.add_argument("--stage", metavar="NAME", help="of a RUN.yaml, this stage's data alone")
+    _plugin(parser)
+
+
+def _inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", metavar="DATA|RUN.yaml", help="a data set, or a run with the data of its stages")
+    _overrides(parser, "keys of the run to change")
+    parser.add_argument("--index", metavar="N", type=int, help="of the record (default: 0)")
+    parser.add_argument("--id", metavar="ID", help="of the record, instead")
+    _read_by(parser)
+    parser.add_argument("--html", metavar="FILE", type=Path, help="write a page with its images there too")
+    parser.add_argument("--no-color", action="store_true", help="marks instead of colours, as without a terminal")
+
+
+def _data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "action",
+        metavar="check|show|fetch|verify",
+        type=_one_of("action", *commands.DATA_ACTIONS),
+        help="look for what is wrong; show, download or verify a published set",
+    )
+    parser.add_argument("data", metavar="DATA|RUN.yaml|NAME", help="check: a data set or a run; else a published set")
+    parser.add_argument(
+        "more",
+        metavar="DIR|PART|a.b=c",
+        nargs="*",
+        help="verify: its folder; fetch, show: some of its parts; check: keys of the run",
+    )
+    _read_by(parser)
+    parser.add_argument("--workers", metavar="N", type=int, help="check: threads (default: one a core, 8 at most)")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="check: write every finding there too")
+    parser.add_argument("--fixed", metavar="DIR", type=Path, help="check: write a copy without what is wrong there")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="fetch: where the set is put (default: data/NAME)")
+
+
 COMMANDS = {
     "list": Command(
         commands.show_list, "list what can be named in a YAML", "vlmzoo list connectors --plugin my.py", _list
@@ -271,6 +316,18 @@ COMMANDS = {
     ),
     "report": Command(
         commands.report, "write a sweep's summary and report again", "vlmzoo report runs/connectors", _report
+    ),
+    "inspect": Command(
+        commands.inspect,
+        "show a record as the model sees it",
+        "vlmzoo inspect experiments/quick.yaml --stage finetune --index 3 --html runs/record.html",
+        _inspect,
+    ),
+    "data": Command(
+        commands.data,
+        "check a data set, or fetch a published one",
+        "vlmzoo data check train.json --llm world:llama --json runs/findings.json",
+        _data,
     ),
     "world": Command(commands.world, "build or look at the embedded world", "vlmzoo world show --seed 7", _world),
 }

@@ -13,8 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlmzoo.conformance import Result
+    from vlmzoo.inspection.subject import Subject
 
 RUNS = Path("runs")
+
+READ_BY = ("images", "llm", "encoder", "connector", "template", "image_mode", "max_length", "limit")
+"""Options that say how a data set is read; a run's YAML says it itself."""
+DATA_ACTIONS: dict[str, tuple[str, ...]] = {
+    "check": (*READ_BY, "stage", "plugin", "workers", "json", "fixed"),
+    "show": (),
+    "fetch": ("out",),
+    "verify": (),
+}
+"""What can be done with data, and the options that each takes."""
 
 
 def show_list(args: argparse.Namespace) -> int:
@@ -188,6 +199,104 @@ def report(args: argparse.Namespace) -> int:
 
     print(f"{render(write_report(args.directory))}\n\n{args.directory / 'report.html'}")
     return 0
+
+
+def data(args: argparse.Namespace) -> int:
+    for name in {name for names in DATA_ACTIONS.values() for name in names} - set(DATA_ACTIONS[args.action]):
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')}: not for `data {args.action}`")
+    return _data_check(args) if args.action == "check" else _data_published(args)
+
+
+def _data_published(args: argparse.Namespace) -> int:
+    """Shows, fetches or verifies a published set, or those of its parts that are named."""
+    from vlmzoo.data.published.fetch import fetch, verify
+    from vlmzoo.data.published.recipes import describe, recipe
+
+    found, more = recipe(args.data), list(args.more)
+    if args.action == "verify" and not more:
+        raise ValueError(f"data verify {args.data}: expected its folder too")
+    folder = Path(more.pop(0)) if args.action == "verify" else args.out or Path("data") / args.data
+    if args.action == "show":
+        print(describe(args.data, found.of_parts(more) if more else found, folder))
+        return 0
+    if args.action == "fetch" and found.parts and not more:
+        raise ValueError(f"data fetch {args.data}: name the parts to fetch; `vlmzoo data show {args.data}` lists them")
+    chosen = found.of_parts(more)
+    if args.action == "fetch":
+        fetch(chosen, folder)
+    faulty = False
+    for verified in verify(chosen, folder):
+        print(
+            f"{'ok' if verified.fault is None else 'WRONG':6}  {verified.what}  {verified.fault or ''}".rstrip(),
+            flush=True,
+        )
+        faulty = faulty or verified.fault is not None
+    return 1 if faulty else 0
+
+
+def _data_check(args: argparse.Namespace) -> int:
+    from vlmzoo.files import write_json
+    from vlmzoo.inspection import table
+    from vlmzoo.inspection.check import check as check_data
+    from vlmzoo.inspection.fixed import write_fixed
+    from vlmzoo.samples import READERS
+
+    workers = READERS if args.workers is None else args.workers
+    if workers < 1:
+        raise ValueError(f"--workers: expected at least 1, got {workers}")
+    subjects, reports = _subjects(args, args.more), []
+    if args.fixed and len(subjects) > 1:
+        raise ValueError(f"--fixed: a run has {len(subjects)} data sets; name one by --stage")
+    for subject in subjects:
+        reports.append(report := check_data(subject, workers))
+        print(table.render(report), flush=True)
+        if args.fixed:
+            fixed = write_fixed(subject, report, args.fixed, workers)
+            print(f"{fixed.file}: {fixed.records:,} records; {fixed.mended:,} mended, {fixed.left_out:,} left out")
+    if args.json:
+        write_json(args.json, [table.document(report) for report in reports])
+    return 1 if any(report.faulty for report in reports) else 0
+
+
+def inspect(args: argparse.Namespace) -> int:
+    from vlmzoo.files import write_whole
+    from vlmzoo.inspection import page, terminal
+    from vlmzoo.inspection.view import view
+
+    if args.index is not None and args.id is not None:
+        raise ValueError("--id: --index was given too")
+    subject, *others = _subjects(args, args.overrides)
+    shown = view(subject, args.index, args.id)
+    plain = args.no_color or not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR"))
+    print(terminal.render(shown, colour=not plain))
+    if others:
+        print(f"stage {subject.name}; by --stage also {', '.join(other.name for other in others)}")
+    if args.html:
+        write_whole(args.html, page.render(shown))
+        print(args.html)
+    return 0
+
+
+def _subjects(args: argparse.Namespace, overrides: list[str]) -> list[Subject]:
+    """What a path on the command line names: the data of a run's stages, or one data set."""
+    from vlmzoo import build
+    from vlmzoo.config import DataConfig
+    from vlmzoo.config import parse as parse_config
+    from vlmzoo.inspection.subject import is_run, of_data, of_run
+
+    build.load_connectors(args.plugin)
+    given = {name: value for name in READ_BY if (value := getattr(args, name)) is not None}
+    if is_run(args.data):
+        if given:
+            raise ValueError(f"--{next(iter(given)).replace('_', '-')}: {args.data} says it; change it by a.b=c")
+        return of_run(Path(args.data), overrides, args.stage)
+    if args.stage or overrides:
+        raise ValueError(f"{'--stage' if args.stage else overrides[0]}: only for a RUN.yaml, got {args.data}")
+    if args.connector and not args.encoder:
+        raise ValueError("--connector: expected --encoder with it")
+    named = {name: given.pop(name) for name in ("llm", "encoder", "connector") if name in given}
+    return of_data(parse_config(DataConfig, {"path": args.data, **given}), **named)
 
 
 def world(args: argparse.Namespace) -> int:

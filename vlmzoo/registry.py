@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T", bound=type)
 
+LONGEST = 200  # characters of a value in a message
+
 
 def unknown(what: str, name: object, valid: Iterable[str]) -> ValueError:
     """The one way to say that a name is not known: what was given, the nearest valid one, and all of them."""
@@ -17,6 +19,12 @@ def unknown(what: str, name: object, valid: Iterable[str]) -> ValueError:
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return ValueError(f"unknown {what} {name!r}{hint} Valid: {', '.join(names) or 'none'}")
+
+
+def shown(value: object) -> str:
+    """A value for a message, which stays one line however long the value is."""
+    written = repr(value)
+    return written if len(written) <= LONGEST else f"{written[: LONGEST - 1]}…"
 
 
 def matching(what: str, pattern: str, names: Iterable[str]) -> list[str]:

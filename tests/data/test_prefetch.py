@@ -107,8 +107,9 @@ def test_who_leaves_early_leaves_no_thread(leave: str) -> None:
 
 
 PROGRAM = """
-import sys, threading
+import signal, sys, threading
 from vlmzoo.data.prefetch import prefetched
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 for number in prefetched(iter(int, 1), lambda number: number, 2):
     print("working", flush=True)
     threading.Event().wait()

@@ -110,7 +110,7 @@ def test_a_record_that_is_no_object(write: Write, image_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[\n{"id": 1,\n]', r"train\.json: not valid JSON at line 3"),
+        ('[\n{"id": 1,\n]', r"train\.json\[0\]: not valid JSON at line 3"),
         ("", r"not valid JSON at line 1"),
         ("[]", r"holds no record"),
         ('{"id": 1}', r"expected a list of records, got an object"),
@@ -126,7 +126,7 @@ def test_unreadable_files(tmp_path: Path, image_folder: Path, write: Write) -> N
         read_records(tmp_path / "absent.json", image_folder)
     latin = tmp_path / "latin.json"
     latin.write_bytes('["é"]'.encode("latin-1"))
-    with pytest.raises(RecordError, match=r"latin\.json: cannot be read"):
+    with pytest.raises(RecordError, match=r"latin\.json\[0\]: cannot be read"):
         read_records(latin, image_folder)
     with pytest.raises(RecordError, match=r"no image folder .*nowhere"):
         read_records(write([GOOD]), tmp_path / "nowhere")

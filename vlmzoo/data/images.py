@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vlmzoo.connector import Grid
 from vlmzoo.files import StoredBytes
+from vlmzoo.registry import shown
 
 MAX_PIXELS = 64_000_000
 
@@ -23,7 +24,14 @@ ImageFile = Path | StoredBytes
 
 
 class ImageError(ValueError):
-    """An image that cannot be used; the message names the file and, where it is known, the record."""
+    """An image that cannot be used; the message names the file and, where it is known, the record.
+
+    `kind` says in a word what is wrong.
+    """
+
+    def __init__(self, message: str, kind: str = "broken-image") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 def image_path(folder: Path, name: str, where: str) -> Path:
@@ -35,17 +43,18 @@ def image_path(folder: Path, name: str, where: str) -> Path:
     try:
         path = (folder / name).resolve()
         found = path.is_file()
-    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a NUL in it, links in a circle
-        raise ImageError(f"{where}: image {name!r} is no usable path ({error})") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error  # a name too long, a NUL in it, links in a circle
+        raise ImageError(f"{where}: image {shown(name)} is no usable path ({reason})", "missing-image") from None
     if not path.is_relative_to(folder):
-        raise ImageError(f"{where}: image {name!r} lies outside the image folder {folder}")
+        raise ImageError(f"{where}: image {shown(name)} lies outside the image folder {folder}", "image-outside")
     if not found:
-        raise ImageError(f"{where}: image {name!r} is not in {folder}")
+        raise ImageError(f"{where}: image {shown(name)} is not in {folder}", "missing-image")
     return path
 
 
 def load_image(path: ImageFile, *, where: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image in RGB.
+    """The image in RGB; its `format` is the file's, whatever the file's name says.
 
     Args:
         where: names the record in messages.
@@ -55,7 +64,9 @@ def load_image(path: ImageFile, *, where: str = "", max_pixels: int = MAX_PIXELS
         ImageError: the file is missing, no image, truncated, or too large; the size is read before the pixels are.
     """
     with _opened(path, where, max_pixels) as image:
-        return image.convert("RGB")
+        pixels = image.convert("RGB")
+        pixels.format = image.format
+        return pixels
 
 
 def image_size(path: ImageFile, *, where: str = "") -> tuple[int, int]:
@@ -75,12 +86,16 @@ def _opened(path: ImageFile, where: str, max_pixels: int) -> Iterator[Image.Imag
             width, height = image.size
             if max(width, height) ** 2 > max_pixels:
                 side = int(max_pixels**0.5)
-                raise ImageError(f"{name} is {width} x {height} pixels; at most {side} x {side} are decoded")
+                raise ImageError(
+                    f"{name} is {width} x {height} pixels; at most {side} x {side} are decoded", "too-many-pixels"
+                )
             yield image
     except Image.DecompressionBombError:
-        raise ImageError(f"{name} has more pixels than can be decoded safely; at most {max_pixels} are") from None
+        raise ImageError(
+            f"{name} has more pixels than can be decoded safely; at most {max_pixels} are", "too-many-pixels"
+        ) from None
     except FileNotFoundError:
-        raise ImageError(f"{name} does not exist") from None
+        raise ImageError(f"{name} does not exist", "missing-image") from None
     except ImageError:
         raise
     except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:  # as PIL's decoders fail

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from vlmzoo.data.images import ImageFile
 from vlmzoo.files import StoredBytes
+from vlmzoo.registry import shown
 
 IMAGE_TOKEN = "<image>"
 Role = Literal["human", "gpt"]
@@ -15,7 +16,11 @@ ROLES: tuple[Role, Role] = ("human", "gpt")
 
 
 class RecordError(ValueError):
-    """A record or a data set that cannot be used; the message names it."""
+    """A record or a data set that cannot be used; the message names it, `kind` says in a word what is wrong."""
+
+    def __init__(self, message: str, kind: str = "bad-structure") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,19 +66,24 @@ def to_record(value: Any, where: str, name: str, find: Callable[[str, str], Imag
     if not isinstance(value, dict):
         raise RecordError(f"{where}: expected an object with `conversations`, got {_kind(value)}")
     name = str(value.get("id", name))
-    where = f"{where} (id {name!r})"
+    where = f"{where} (id {shown(name)})"
     turns = _turns(value, where)
     images = value.get("image", [])
     images = [images] if isinstance(images, str | StoredBytes) else images
     if not isinstance(images, list) or not all(isinstance(item, str | StoredBytes) and item for item in images):
-        raise RecordError(f"{where}: `image` must be a path or a list of paths, got {value['image']!r}")
+        raise RecordError(f"{where}: `image` must be a path or a list of paths, got {shown(value['image'])}")
     placeholders = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
     if placeholders != len(images):
-        raise RecordError(f"{where}: {placeholders} {IMAGE_TOKEN} in its human turns for {len(images)} images")
+        raise RecordError(
+            f"{where}: {placeholders} {IMAGE_TOKEN} in its human turns for {len(images)} images", "image-count"
+        )
     extras = {key: value.get(key) for key in ("capability", "description")}
     for key, extra in extras.items():
         if not isinstance(extra, str | None):
             raise RecordError(f"{where}: `{key}` must be a text, got {_kind(extra)}")
+    for text in (name, *(turn.text for turn in turns), *(extra or "" for extra in extras.values())):
+        if (place := _half_character(text)) is not None:
+            raise RecordError(f"{where}: {shown(text)} is no text: half a character (a lone surrogate) at {place}")
     found = tuple(find(item, where) if isinstance(item, str) else item for item in images)
     return Record(name, found, turns, where, **extras)
 
@@ -88,15 +98,26 @@ def _turns(value: Mapping[str, Any], where: str) -> tuple[Turn, ...]:
         if not isinstance(item, dict) or not isinstance(item.get("value"), str):
             raise RecordError(f"{place}: expected an object with texts `from` and `value`, got {_kind(item)}")
         if item.get("from") != role:
-            raise RecordError(f"{place} is from {item.get('from')!r}, expected {role!r}: human begins, gpt answers")
+            raise RecordError(
+                f"{place} is from {shown(item.get('from'))}, expected {role!r}: human begins, gpt answers"
+            )
         if role == "gpt" and not item["value"].strip():
-            raise RecordError(f"{place}: the answer is empty")
+            raise RecordError(f"{place}: the answer is empty", "empty-answer")
         if role == "gpt" and IMAGE_TOKEN in item["value"]:
-            raise RecordError(f"{place}: the answer holds {IMAGE_TOKEN}, which belongs to human turns")
+            raise RecordError(f"{place}: the answer holds {IMAGE_TOKEN}, which belongs to human turns", "image-count")
         turns.append(Turn(role, item["value"]))
     if len(turns) % 2:
         raise RecordError(f"{where}: the last human turn has no answer from gpt")
     return tuple(turns)
+
+
+def _half_character(text: str) -> int | None:
+    """Where a text has one, which JSON can write and no tokenizer or file takes; None: nowhere."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
 
 
 def _kind(value: object) -> str:

@@ -107,12 +107,14 @@ class SampleBuilder:
         try:
             return self._renderer.render(record.turns, generation=generation)
         except ValueError as error:
-            raise RecordError(f"{record.where}: {error}") from None
+            raise RecordError(f"{record.where}: {error}", "template") from None
 
     def _sample(self, record: Record, tokens: Tokenised, generation: bool) -> Sample:
         layouts = tuple(self.layout(path, record.where) for path in record.images)
         if (placed := tokens.input_ids.count(self.image_token_id)) != len(layouts):
-            raise RecordError(f"{record.where}: its text has {placed} {IMAGE_TOKEN} for {len(layouts)} images")
+            raise RecordError(
+                f"{record.where}: its text has {placed} {IMAGE_TOKEN} for {len(layouts)} images", "image-count"
+            )
         ids = list(tokens.input_ids)
         labels = [token if target else IGNORE for token, target in zip(ids, tokens.supervised, strict=True)]
         images_end = 0
@@ -125,14 +127,16 @@ class SampleBuilder:
         ids, labels = ids[: self.max_length], labels[: self.max_length]
         if not generation and labels.count(IGNORE) == len(labels):
             raise RecordError(
-                f"{record.where}: no target within {self.max_length} tokens; shorten it or raise max_length"
+                f"{record.where}: no target within {self.max_length} tokens; shorten it or raise max_length",
+                "no-target",
             )
         return Sample(ids, labels, record.images, layouts, tokens.instruction_ids, record)
 
     def _check_length(self, record: Record, length: int, images_end: int, generation: bool) -> None:
         if images_end > self.max_length:
             raise RecordError(
-                f"{record.where}: its images end at token {images_end}, beyond max_length {self.max_length}"
+                f"{record.where}: its images end at token {images_end}, beyond max_length {self.max_length}",
+                "images-cut",
             )
         if generation and length > self.max_length:
             raise RecordError(f"{record.where}: its prompt has {length} tokens, more than max_length {self.max_length}")

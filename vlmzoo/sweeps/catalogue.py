@@ -17,12 +17,13 @@ ENCODERS = ("clip", "siglip")
 ANY_OTHER = {
     "encoders": "any CLIP, SigLIP, SigLIP 2, DINOv2 or InternViT tower in transformers format; several joined by +",
     "llms": "any causal language model of transformers, with its tokenizer",
+    "datasets": "LLaVA JSON and its images",
     "tasks": "LLaVA JSON of questions with one answer each, and a `capability` where there are several",
 }
 
 
 def entries(kind: str, plugins: Sequence[Path] = ()) -> list[dict[str, Any]]:
-    """The names of a kind (connectors, encoders, llms, tasks), each with a line that says what it is."""
+    """The names of a kind (connectors, encoders, llms, tasks, datasets), each with a line that says what it is."""
     if kind == "connectors":
         return _connectors(plugins)
     if kind == "tasks":
@@ -31,7 +32,25 @@ def entries(kind: str, plugins: Sequence[Path] = ()) -> list[dict[str, Any]]:
             {"name": "world:validation", "summary": "others, to choose learning rates by"},
         ]
         return [*own, {"name": "FILE.json", "summary": ANY_OTHER[kind]}]
+    if kind == "datasets":
+        return _datasets()
     return [*_world_models(kind), {"name": "HUB_ID or DIRECTORY", "summary": ANY_OTHER[kind]}]
+
+
+def _datasets() -> list[dict[str, Any]]:
+    from vlmzoo import world
+    from vlmzoo.data.published import recipes
+
+    own = [
+        {"name": f"world:{name}", "summary": f"{number:,} records of the embedded world, drawn at first use"}
+        for name, number in world.DATASETS.items()
+    ]
+    published = []
+    for name in recipes.names():
+        found = recipes.recipe(name)
+        number = f"{found.records:,} records: " if found.records is not None else ""
+        published.append({"name": name, "summary": f"{number}{found.summary}; by `vlmzoo data fetch {name}`"})
+    return [*own, *published, {"name": "FILE.json", "summary": ANY_OTHER["datasets"]}]
 
 
 def costs(names: Sequence[str], vision_dim: int, text_dim: int) -> dict[str, dict[str, Any]]:

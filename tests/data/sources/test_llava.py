@@ -71,7 +71,7 @@ def test_broken_lines(tmp_path: Path, values: list[dict[str, Any]]) -> None:
     file.write_text(json.dumps(values[0]) + "\n\n\n{\n" + json.dumps(values[1]))
     source = build.source(DataConfig(str(file)))
     assert (len(source), source[0].id, source[2].id) == (3, "r0", "r1")
-    with pytest.raises(RecordError, match=r"data\.jsonl: not valid JSON at line 4: Expecting property name"):
+    with pytest.raises(RecordError, match=r"data\.jsonl\[1\]: not valid JSON at line 4: Expecting property name"):
         source[1]
     file.write_text("\n\n")
     with pytest.raises(RecordError, match="holds no record"):

@@ -84,14 +84,17 @@ class TableSource(Source):
         table, number, file = self._place(index)
         where = f"{table.rpartition('/')[2]}[{number}]"
         images: list[str | StoredBytes] = []
-        for place, cell in enumerate(self._cells(row)):
-            image = _name(cell, where) or CellImage(table, number, place, file, self)
-            images.append(image)
-        extras = {column: row[column].as_py() for column in EXTRAS if column in row}
+        try:
+            for place, cell in enumerate(self._cells(row)):
+                images.append(_name(cell, where) or CellImage(table, number, place, file, self))
+            extras = {column: row[column].as_py() for column in EXTRAS if column in row}
+            talk = _turns(self._talk, row[self._talk].as_py(), len(images))
+        except UnicodeDecodeError as error:
+            raise RecordError(f"{where}: cannot be read ({error})") from None
         value = {key: extra for key, extra in extras.items() if extra is not None}
         if "id" in value:
             value["id"] = str(value["id"])
-        value["conversations"] = _turns(self._talk, row[self._talk].as_py(), len(images))
+        value["conversations"] = talk
         return to_record(value | ({"image": images} if images else {}), where, str(index), self._find)
 
     def image(self, image: CellImage) -> bytes:

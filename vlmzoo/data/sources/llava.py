@@ -39,7 +39,7 @@ class LlavaFile(Source):
         try:
             self._bounds = _kept(file, cache, self._index)
         except FileNotFoundError:
-            raise RecordError(f"{file}: no such file; expected LLaVA JSON") from None
+            raise RecordError(f"{file}: no such file; expected LLaVA JSON", "unreadable") from None
         except OSError as error:
             raise unreadable(file, error) from None
         if len(self) < 1 or (not self._lines and len(self) == 1 and self._is_empty()):
@@ -50,7 +50,7 @@ class LlavaFile(Source):
 
     def __getitem__(self, index: int) -> Record:
         checked(index, len(self))
-        return to_record(self._value(index), f"{name_of(self._file)}[{index}]", str(index), self._find)
+        return to_record(self.value(index), f"{name_of(self._file)}[{index}]", str(index), self._find)
 
     def fingerprint(self) -> dict[str, Any]:
         return file_fingerprint(self._file)
@@ -62,22 +62,36 @@ class LlavaFile(Source):
         except OSError as error:
             raise unreadable(self._file, error) from None
 
-    def _value(self, index: int) -> Any:
+    def value(self, index: int) -> Any:
+        """A record as it stands in the file.
+
+        Raises:
+            RecordError: it is no JSON, or none that Python's decoder takes.
+        """
+        where, start = f"{name_of(self._file)}[{index}]", int(self._bounds[index])
         try:
             text = self._slice(index).decode("utf-8")
             return json.loads(text.rstrip("\r\n") if self._lines else text)
         except UnicodeDecodeError as error:
-            raise unreadable(self._file, error) from None
+            raise RecordError(f"{where}: cannot be read ({error})") from None
         except json.JSONDecodeError as error:
-            raise self._invalid(int(self._bounds[index]), error.lineno - 1, error.msg) from None
+            line = self._line(start) + error.lineno - 1
+            raise RecordError(f"{where}: not valid JSON at line {line}: {error.msg}") from None
+        except (RecursionError, ValueError):  # as Python's decoder refuses what JSON allows
+            raise RecordError(f"{where}: nested too deeply, or holds a number of thousands of digits") from None
+
+    def _line(self, place: int) -> int:
+        """The number of the line that a byte is in."""
+        line = 1
+        with opened(self._file) as stream:
+            while place > 0:
+                line += stream.read(min(CHUNK, place)).count(b"\n")
+                place -= CHUNK
+        return line
 
     def _invalid(self, start: int, lines: int, message: str) -> RecordError:
         """The file is not JSON so many lines behind this byte."""
-        with opened(self._file) as stream:
-            while start > 0:
-                lines += stream.read(min(CHUNK, start)).count(b"\n")
-                start -= CHUNK
-        return RecordError(f"{self._file}: not valid JSON at line {1 + lines}: {message}")
+        return RecordError(f"{self._file}: not valid JSON at line {self._line(start) + lines}: {message}")
 
     def _is_empty(self) -> bool:
         return not self._slice(0).strip()
@@ -93,7 +107,7 @@ class LlavaFile(Source):
         if end == -1:  # what was not closed is in the last element
             self._bounds = np.append(bounds, file_ends(self._file)[0] + 1)
             for index in range(len(bounds)):
-                self._value(index)
+                self.value(index)
             raise self._invalid(int(bounds[-1]), 0, "Expecting ',' delimiter")
         with opened(self._file) as stream:
             stream.seek(end - 1)

@@ -108,4 +108,4 @@ def file_ends(file: Place) -> tuple[int, bytes]:
 
 
 def unreadable(file: object, error: Exception) -> RecordError:
-    return RecordError(f"{file}: cannot be read ({error})")
+    return RecordError(f"{file}: cannot be read ({error})", "unreadable")

@@ -35,6 +35,7 @@ def plain_members(stream: BinaryIO) -> Iterator[Member]:
         if len(header) < BLOCK:
             raise ValueError(f"ends at byte {end}, before its last block")
         if header[0] == 0 and header.count(0) == BLOCK:
+            _check_end(stream, at)
             break
         size, kind, start = _octal(header[124:136]), header[156], at + BLOCK
         if start + size > end:
@@ -70,10 +71,18 @@ def any_members(stream: BinaryIO) -> Iterator[Member]:
                 if member.offset_data + member.size > end:
                     raise ValueError(f"{member.name} ends behind the file")
                 yield member.name, member.offset_data, member.size
-        stream.seek(archive.offset)
-        last = stream.read(BLOCK)
-        if len(last) < BLOCK or last.count(0) < BLOCK:
-            raise ValueError(f"broken header at byte {archive.offset}")
+        _check_end(stream, archive.offset)
+
+
+def _check_end(stream: BinaryIO, at: int) -> None:
+    """Raises a ValueError where the archive does not end here: an empty header may be a damaged one."""
+    stream.seek(at)
+    if len(block := stream.read(BLOCK)) < BLOCK:
+        raise ValueError(f"ends at byte {at + len(block)}, before its last block")
+    while block:
+        if block.count(0) < len(block):
+            raise ValueError(f"broken header at byte {at}, or data behind the archive's end")
+        block = stream.read(1 << 20)
 
 
 def _checked(headers: list[bytes], starts: list[int], sizes: list[int]) -> Iterator[Member]:
