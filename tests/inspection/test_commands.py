@@ -10,6 +10,7 @@ import pytest
 from tests.inspection.conftest import FOUND
 from tests.test_cli import fails
 from vlmzoo.cli import main
+from vlmzoo.inspection.subject import is_run
 
 NAMED = ("--llm", "world:llama", "--encoder", "world:clip", "--max-length", "105")
 
@@ -64,3 +65,13 @@ def test_inspect_prints_and_writes_a_page(data: Path, capsys: pytest.CaptureFixt
 )
 def test_a_mistake_is_one_line(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert expected in fails(capsys, *arguments)
+
+
+def test_a_mixture_is_data_and_no_run(tmp_path: Path) -> None:
+    mixture, run = tmp_path / "mixture.yaml", tmp_path / "run.yaml"
+    mixture.write_text("sources:\n  - path: a.json\n")
+    run.write_text("stages: {}\n")
+    assert not is_run(str(mixture))
+    assert is_run(str(run))
+    assert is_run(str(tmp_path / "absent.yaml"))
+    assert not is_run("train.json")
