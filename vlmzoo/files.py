@@ -43,6 +43,11 @@ class StoredBytes(ABC):
         """The file on this machine that they are part of: while it stays as it is, so do they."""
         return None
 
+    @property
+    def in_block(self) -> bool:
+        """Whether reading them reads those beside them too, so that all are best read in their order."""
+        return False
+
 
 F = TypeVar("F", bound=Path | StoredBytes)
 

@@ -85,7 +85,7 @@ class FilePart(StoredBytes):
     name: str
 
     def __str__(self) -> str:
-        return f"{self.archive}:{self.name}"
+        return f"{self.archive}:{self.name}@{self.start}"
 
     def read(self) -> bytes:
         return read_range(self.archive, self.start, self.size)

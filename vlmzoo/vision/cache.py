@@ -63,7 +63,8 @@ class FeatureCache:
         self._features: Features = "compute" if exact else features
         content = content_hashes(images, folder / "images")
         files = {digest: path for path, digest in content.items()}
-        row = {digest: row for row, digest in enumerate(sorted(files))}
+        in_blocks = any(isinstance(path, StoredBytes) and path.in_block for path in content)
+        row = {digest: row for row, digest in enumerate(files if in_blocks else sorted(files))}
         self._row = {path: row[digest] for path, digest in content.items()}
         self._files = [files[digest] for digest in row]
         self._encoder, self._to_pixels, self._request = encoder, to_pixels, request

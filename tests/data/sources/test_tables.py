@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pytest
+import torch
 from pyarrow.parquet import write_table
 
+from tests import tiny
 from tests.data.sources.conftest import picture, rows, turns, write_images
 from vlmzoo import build
 from vlmzoo.config import DataConfig
@@ -20,6 +23,7 @@ from vlmzoo.data import order
 from vlmzoo.data.images import ImageError, load_image
 from vlmzoo.data.records import Record, RecordError
 from vlmzoo.data.sources.parquet import Latest, ParquetFiles
+from vlmzoo.vision.cache import FeatureCache
 
 PNG = picture(0)
 CELL = {"bytes": PNG, "path": None}
@@ -201,3 +205,28 @@ def test_images_beside_a_table(tmp_path: Path, values: list[dict[str, Any]]) -> 
     assert found.images == ((tmp_path / "elsewhere" / "0.png").resolve(),)
     with pytest.raises(RecordError, match=r"t\.parquet: its records have images, but there is no image folder"):
         build.source(DataConfig(str(tmp_path / "t.parquet")))[0]
+
+
+def test_features_are_computed_in_the_order_of_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row group is read twice: once for the images' hashes, once for their pixels."""
+    monkeypatch.setattr("vlmzoo.data.sources.parquet.WINDOW", 1)
+    table = pyarrow.Table.from_pylist(
+        [{"image": picture(number), "conversations": turns("<image>", "A.")} for number in range(40)]
+    )
+    write_table(table, tmp_path / "t.parquet", row_group_size=4)
+    source = build.source(DataConfig(str(tmp_path / "t.parquet")))
+    assert isinstance(source, ParquetFiles)
+    images = [image for record in source for image in record.images]
+    loads: list[int] = []
+    load = source._held._load
+    source._held._load = lambda number: loads.append(number) or load(number)
+    model = tiny.model("linear")
+
+    def to_pixels(groups: Any) -> Iterator[torch.Tensor]:
+        for group in groups:
+            yield torch.cat([tiny.pixels(1) for image in group if load_image(image)])
+
+    FeatureCache(model.vision, images, to_pixels, {}, model.connector.requires, tmp_path / "features")
+    pixels = loads[-10:]
+    assert pixels == list(range(10))
+    assert len(loads) < 30

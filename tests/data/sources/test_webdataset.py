@@ -47,7 +47,7 @@ def test_captions_and_metadata(tmp_path: Path) -> None:
     assert [turn.text for turn in one.turns] == ["<image>", "A cube."]
     assert (one.id, one.where) == ("sub/a", "s.tar[0] (id 'sub/a')")
     assert load_image(one.images[0]).size == (12, 11)
-    assert str(one.images[0]) == f"{tmp_path}/s.tar:sub/a#0"
+    assert str(one.images[0]) == f"{tmp_path}/s.tar:sub/a#0@512"
     assert (two.id, two.images) == ("b", ())
 
 

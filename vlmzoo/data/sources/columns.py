@@ -43,6 +43,10 @@ class CellImage(StoredBytes):
     def file(self) -> Path | None:
         return self.part_of
 
+    @property
+    def in_block(self) -> bool:
+        return self.source.blocks is not None
+
 
 class TableSource(Source):
     """Records in rows of Arrow's columns.
