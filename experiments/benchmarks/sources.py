@@ -68,8 +68,8 @@ def main() -> None:
             size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
             cold, warm = (ask(path, Path(folder), cold=cold) for cold in (True, False))
             lines.append(
-                f"| {kind} | {size / 1e9:.2f} | {cold['peak']:.0f} | {cold['seconds']:.2f} "
-                f"| {warm['peak']:.0f} | {warm['seconds']:.2f} |"
+                f"| {kind} | {size / 1e9:.2f} | {cold['peak']:.0f} | {cold['seconds']:.2f} | {cold['cpu']:.2f} "
+                f"| {warm['peak']:.0f} | {warm['seconds']:.2f} | {warm['cpu']:.2f} |"
             )
             print(lines[-1], file=sys.stderr)
     table = "\n".join(lines) + "\n"
@@ -81,8 +81,8 @@ def main() -> None:
     options.out.write_text(TEXT.format(records=options.records, batch=BATCH, command=command, table=table))
 
 
-HEADER = """| source | GB | cold: MB | cold: s | warm: MB | warm: s |
-|---|---:|---:|---:|---:|---:|"""
+HEADER = """| source | GB | cold: MB | cold: s | of CPU | warm: MB | warm: s | of CPU |
+|---|---:|---:|---:|---:|---:|---:|---:|"""
 TEXT = """# Sources of a million records
 
 Memory above what the process held before, at its peak, and seconds from opening the source to a first batch of {batch}
@@ -117,14 +117,15 @@ def measured(path: str) -> dict[str, float]:
     from vlmzoo.data.images import load_image
     from vlmzoo.data.order import batches
 
-    before, began = memory("VmRSS"), time.perf_counter()
+    before, began, cpu = memory("VmRSS"), time.perf_counter(), time.process_time()
     source = build.source(DataConfig(path))
     batch = next(batches(len(source), BATCH, 0, blocks=source.blocks))
     for index in batch:
         record = source[index]
         for image in record.images:
             load_image(image, where=record.where)
-    return {"seconds": time.perf_counter() - began, "peak": memory("VmHWM") - before}
+    seconds = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu}
+    return seconds | {"peak": memory("VmHWM") - before}
 
 
 def memory(name: str) -> float:

@@ -46,6 +46,7 @@ def test_weights_and_caps(folder: Path, weight: float, cap: int | None, expected
     seen = Counter(record.id for record in source)
     assert set(seen.values()) <= {expected // COUNT, -(-expected // COUNT)}
     assert sum(seen.values()) == expected
+    assert max(int(record.id[1:]) for record in list(source)[-(expected % COUNT) :]) >= COUNT // 2  # not the head
     assert told(build.source(DataConfig(path))) == told(source)
 
 
