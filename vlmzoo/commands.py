@@ -208,7 +208,8 @@ def synthesize(args: argparse.Namespace) -> int:
     from vlmzoo.instruct.synthesize import Job, estimate
     from vlmzoo.instruct.synthesize import synthesize as run
 
-    prompts, proportions = read_prompts(args.prompts), dict(zip(KINDS, args.proportions, strict=True))
+    prompts = read_prompts(args.prompts)
+    proportions: dict[str, int] = dict(zip(KINDS, args.proportions, strict=True))
     folder = _coco_folder(args.source, args.limit)
     images = args.images or (folder / "images" if (folder / "images").is_dir() else None)
     limits = Limits(

@@ -153,16 +153,16 @@ class _Tables:
                 self.caption(item, where) if captions else self.box(item, where)
 
     def image(self, item: dict[str, Any], where: str) -> None:
-        name, width, height = item.get("file_name"), item.get("width"), item.get("height")
+        name, size = item.get("file_name"), (item.get("width"), item.get("height"))
         if not _is_id(item.get("id")):
             self.faults.add("image without a usable id", where)
         elif not isinstance(name, str) or not name or PurePosixPath(name).is_absolute() or ".." in name.split("/"):
             self.faults.add("image without a usable file_name", where)
-        elif not (_is_size(width) and _is_size(height)):
+        elif not all(map(_is_size, size)):
             self.faults.add("image without a usable width and height", where)
         else:
             self.image_ids.append(item["id"])
-            self.sizes.extend((width, height))
+            self.sizes.extend(map(int, size))
             self.names.append(name)
 
     def category(self, item: dict[str, Any], where: str) -> None:
@@ -199,8 +199,10 @@ class _Tables:
 
     def finished(self, folder: Path) -> Annotations:
         ids = np.asarray(self.image_ids, np.int64)
-        ids, first = np.unique(ids, return_index=True)  # captions and instances name the same images
-        sizes = np.asarray(self.sizes, np.int64).reshape(-1, 2)[first]
+        ids, first, again = np.unique(ids, return_index=True, return_inverse=True)
+        sizes = np.asarray(self.sizes, np.int64).reshape(-1, 2)
+        self.check_same(sizes, first, again)  # captions and instances name the same images
+        sizes = sizes[first]
         caption_image = _find(np.asarray(self.caption_images, np.int64), ids)
         self.count("annotation of an unknown image", caption_image < 0, np.asarray(self.caption_images), "caption of")
         captioned = np.zeros(len(ids), bool)
@@ -248,6 +250,14 @@ class _Tables:
         )
         found.categories, found.faults = tuple(labels), self.faults
         return found
+
+    def check_same(self, sizes: np.ndarray, first: np.ndarray, again: np.ndarray) -> None:
+        """Raises where an id names two images: their captions and boxes would be mixed."""
+        for row in np.flatnonzero(first[again] != np.arange(len(again))).tolist():
+            other = int(first[again[row]])
+            if self.names[row] != self.names[other] or (sizes[row] != sizes[other]).any():
+                name, two = self.names[other], self.names[row]
+                raise AnnotationError(f"image id {self.image_ids[row]} is {name!r} and also {two!r}, or in two sizes")
 
     def count(self, what: str, faulty: np.ndarray, values: np.ndarray, noun: str) -> None:
         if faulty.any():

@@ -141,15 +141,15 @@ class _Run:
 
     async def _entry(self, key: str, request: Request) -> Entry:
         """What is written down of a request: its answer, or why there is none."""
-        place = {"key": key, "image": request.facts.id, "kind": request.kind}
+        facts = request.facts
         try:
             answer = await self._answer(request)
         except TeacherError as error:
             if error.fate == "stop":
                 raise StoppedError(str(error)) from None
-            return Entry(**place, failed=error.reason)
-        tokens = {"input_tokens": answer.input_tokens, "output_tokens": answer.output_tokens}
-        return Entry(**place, text=answer.text, failed="cut_off" if answer.cut_off else "", **tokens)
+            return Entry(key, facts.id, request.kind, failed=error.reason)
+        failed = "cut_off" if answer.cut_off else ""
+        return Entry(key, facts.id, request.kind, answer.text, failed, answer.input_tokens, answer.output_tokens)
 
     async def _answer(self, request: Request) -> Answer:
         """The answer after as many attempts as it takes.

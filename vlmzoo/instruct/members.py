@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 CHUNK = 1 << 20  # characters
+BEHIND = frozenset(",]}: \t\r\n")  # what may follow a value
 
 _DECODER = json.JSONDecoder()
 
@@ -89,7 +90,7 @@ class _Reader:
                 if not self.more():
                     raise self.broken(error.msg) from None
             else:
-                if end < len(self.text) or not self.more():  # a number may go on in the next chunk
+                if self.text[end : end + 1] in BEHIND or not self.more():  # a number may go on in the next chunk
                     self.at = end
                     return found
 

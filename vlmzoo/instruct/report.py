@@ -184,10 +184,10 @@ def _picture(facts: Facts, images: Path | None) -> str:
 
 
 def _thumbnail(facts: Facts, images: Path | None) -> str | None:
-    from vlmzoo.data.images import ImageError, image_path, load_image
-
     if images is None:
         return None
+    from vlmzoo.data.images import ImageError, image_path, load_image  # takes a second: PyTorch
+
     try:
         image = load_image(image_path(images.resolve(), facts.file_name, "report"))
     except ImageError:  # the page shows grey: image files need not be there
