@@ -44,7 +44,7 @@ class Server:
 
     reply: Callable[[int, str], Reply]
     asked: list[str] = field(default_factory=list)
-    answered: list[str] = field(default_factory=list)  # whose answer went out whole
+    after: Callable[[int], None] = lambda index: None  # when an answer has gone out whole
     most: int = 0  # requests at a time
     port: int = 0
     now: int = 0
@@ -61,13 +61,14 @@ class Server:
                 length = int(header.split("content-length:")[1].split("\r\n")[0])
                 body: dict[str, Any] = json.loads(await reader.readexactly(length))
                 text = body["messages"][-1]["content"]
+                index = len(self.asked)
                 self.asked.append(text)
                 self.now += 1
                 self.most = max(self.most, self.now)
                 try:
-                    if not await self.answer(self.reply(len(self.asked) - 1, text), writer):
+                    if not await self.answer(self.reply(index, text), writer):
                         return
-                    self.answered.append(text)
+                    self.after(index)
                 finally:
                     self.now -= 1
         except (asyncio.IncompleteReadError, ConnectionError):

@@ -10,7 +10,7 @@ from vlmzoo.instruct import grounding
 from vlmzoo.instruct.grounding import Scene, Turn
 from vlmzoo.instruct.words import words
 
-LANGUAGE_FROM = 40  # characters: what is shorter has no language that could be told
+LANGUAGE_FROM = 60  # characters: what is shorter has no language that could be told
 MOST_QUESTION = 100  # words
 TURNS = {"conversation": (2, 12), "detailed_description": (1, 1), "complex_reasoning": (1, 1)}
 ANSWER_WORDS = {"conversation": (1, 150), "detailed_description": (8, 400), "complex_reasoning": (8, 400)}
@@ -95,8 +95,9 @@ def tellable(kind: str, turns: list[Turn], scene: Scene) -> str | None:
 def language(kind: str, turns: list[Turn], scene: Scene) -> str | None:
     import py3langid
 
-    text = " ".join(part for turn in turns for part in turn)
-    return "not_english" if len(text) >= LANGUAGE_FROM and py3langid.classify(text)[0] != "en" else None
+    told = [" ".join(turn) for turn in turns]
+    long = (text for text in (*told, " ".join(told)) if len(text) >= LANGUAGE_FROM)
+    return "not_english" if any(py3langid.classify(text)[0] != "en" for text in long) else None
 
 
 def grounded(kind: str, turns: list[Turn], scene: Scene) -> str | None:

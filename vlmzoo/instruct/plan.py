@@ -1,11 +1,9 @@
-"""Which image is asked for which kind: kinds in exact proportions, each image once before any twice."""
+"""Which image is asked for which kind: kinds in exact proportions, and nearly each image once before any twice."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping
-from itertools import islice
-from math import gcd
+from itertools import count, islice
 
 import numpy as np
 
@@ -16,7 +14,8 @@ def requests(
     """(image, kind) of every request, by default one an image; a longer plan begins as a shorter one does.
 
     The images stand in a circle, in an order drawn from the seed. Each kind begins where the share of the one before
-    ends and takes image after image, so that the kinds' arcs cover the circle once before they overlap.
+    ends and takes image after image, so that the kinds' arcs cover the circle once, but for rounding, before they
+    overlap.
 
     Raises:
         ValueError: more requests than there are images and kinds to ask for.
@@ -35,15 +34,13 @@ def num_requests(num_images: int, proportions: Mapping[str, int], limit: int | N
 
 def _endless(num_images: int, proportions: Mapping[str, int], seed: int) -> Iterator[tuple[int, str]]:
     circle = np.random.default_rng(seed).permutation(num_images).astype(np.int32)
-    divisor = gcd(*proportions.values())
-    cycle = [kind for kind, share in proportions.items() for _ in range(share // divisor)]
+    total = sum(proportions.values())
     starts, passed = {}, 0
     for kind, share in proportions.items():
-        starts[kind] = num_images * passed // sum(proportions.values())
+        starts[kind] = num_images * passed // total
         passed += share
     taken = dict.fromkeys(proportions, 0)
-    order = random.Random(seed)
-    while True:
-        for kind in order.sample(cycle, len(cycle)):
-            yield int(circle[(starts[kind] + taken[kind]) % num_images]), kind
-            taken[kind] += 1
+    for asked in count(1):
+        kind = max(proportions, key=lambda kind: proportions[kind] * asked - taken[kind] * total)  # furthest behind
+        yield int(circle[(starts[kind] + taken[kind]) % num_images]), kind
+        taken[kind] += 1
