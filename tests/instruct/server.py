@@ -96,15 +96,17 @@ def serving(reply: Callable[[int, str], Reply], delay: float = 0.0) -> Iterator[
     """A server on a free port of this machine, in a thread."""
     server, loop, ready = Server(reply, delay=delay), asyncio.new_event_loop(), threading.Event()
 
-    async def begin() -> None:
+    async def begin() -> asyncio.Server:
         listening = await asyncio.start_server(server.connection, "127.0.0.1", 0)
         server.port = listening.sockets[0].getsockname()[1]
         ready.set()
+        return listening
 
     def run() -> None:
         asyncio.set_event_loop(loop)
-        loop.run_until_complete(begin())
+        listening = loop.run_until_complete(begin())
         loop.run_forever()
+        listening.close()
         tasks = asyncio.all_tasks(loop)
         for task in tasks:
             task.cancel()
