@@ -232,8 +232,7 @@ def synthesize(args: argparse.Namespace) -> int:
     elif args.teacher == "transformers":
         teacher = teachers.Local(args.model, max_tokens=args.max_tokens)
     else:
-        limited = {"timeout": args.timeout, "concurrency": args.concurrency}
-        teacher = teachers.OpenAI(args.model, args.base_url, max_tokens=args.max_tokens, **limited)
+        teacher = teachers.OpenAI(args.model, args.base_url, max_tokens=args.max_tokens, timeout=args.timeout)
     tally = run(job, teacher)
     print(f"{tally.table()}\n\n{args.out}: {tally.accepted} records" + (f", images in {images}" if images else ""))
     print(job.beside(".report.html"))

@@ -131,7 +131,7 @@ def main(images: str = "20000", requests: str = "5000") -> None:
             limits=limits,
         )
         url = f"http://127.0.0.1:{receive.recv()}/v1"
-        teacher = Marked(total, base_url=url, max_tokens=512, timeout=60, concurrency=CONCURRENCY)
+        teacher = Marked(total, base_url=url, max_tokens=512, timeout=60)
         synthesize.synthesize(job, teacher)
         ended = time.perf_counter()
     server.terminate()

@@ -43,7 +43,7 @@ def run(
     settings = Limits(**{"concurrency": 1, "attempts": 4, **limits})  # type: ignore[arg-type]
 
     async def ask() -> None:
-        teacher = OpenAI("m", server.url, max_tokens=100, timeout=timeout, concurrency=settings.concurrency)
+        teacher = OpenAI("m", server.url, max_tokens=100, timeout=timeout)
         try:
             await ask_all(requests, teacher, journal, settings, clock=clock)
         finally:

@@ -24,6 +24,7 @@ from vlmzoo.cli import main
 
 KILLS = 12
 IMAGES = 120
+FEW = 40  # counting calls is slow
 CONCURRENCY = 4
 
 
@@ -117,7 +118,7 @@ def test_a_server_is_asked_once_but_for_what_was_in_flight(seed: int, tmp_path: 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.instruct)])
 def test_the_rules_give_the_same_bytes_wherever_they_are_killed(seed: int, tmp_path: Path) -> None:
     draw = random.Random(seed)
-    folder, out, whole = coco.write(tmp_path / "coco", IMAGES), tmp_path / "a.json", tmp_path / "whole.json"
+    folder, out, whole = coco.write(tmp_path / "coco", FEW), tmp_path / "a.json", tmp_path / "whole.json"
     counted = tmp_path / "calls"
 
     def killed_at(call: int) -> Callable[[], None]:
@@ -156,4 +157,27 @@ def test_the_rules_give_the_same_bytes_wherever_they_are_killed(seed: int, tmp_p
     for ending in (".json", ".rejected.jsonl"):
         assert out.with_suffix(ending).read_bytes() == whole.with_suffix(ending).read_bytes()
     lines = out.with_suffix(".journal.jsonl").read_text().splitlines()
-    assert len({json.loads(line)["key"] for line in lines}) == len(lines) == IMAGES
+    assert len({json.loads(line)["key"] for line in lines}) == len(lines) == FEW
+
+
+def test_ctrl_c_leaves_a_journal_from_which_the_same_command_goes_on(tmp_path: Path) -> None:
+    folder, out = coco.write(tmp_path / "coco", FEW), tmp_path / "a.json"
+    child = 0
+
+    def reply(index: int, text: str) -> Reply:
+        if index == 9:
+            os.kill(child, signal.SIGINT)
+        return completion(turns(image_of(text)))
+
+    with serving(reply, delay=0.001) as server:
+        options = f"--proportions 1:0:0 --teacher openai --model m --base-url {server.url} --concurrency 3"
+        command = ["synthesize", str(folder), "--out", str(out), *options.split()]
+        child = forked(command, lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None)
+        _, status = os.waitpid(child, 0)
+        assert os.WEXITSTATUS(status) == 130
+        known = journalled(out)
+        assert 0 < len(known) < FEW
+        assert not out.exists()
+        server.asked.clear()
+        assert main(command) == 0
+        assert {image_of(text) for text in server.asked} == {10 + n for n in range(FEW)} - known

@@ -153,7 +153,7 @@ class _Tables:
                 self.caption(item, where) if captions else self.box(item, where)
 
     def image(self, item: dict[str, Any], where: str) -> None:
-        name, size = item.get("file_name"), (item.get("width"), item.get("height"))
+        name, size = item.get("file_name"), [item.get("width"), item.get("height")]
         if not _is_id(item.get("id")):
             self.faults.add("image without a usable id", where)
         elif not isinstance(name, str) or not name or PurePosixPath(name).is_absolute() or ".." in name.split("/"):
@@ -162,7 +162,7 @@ class _Tables:
             self.faults.add("image without a usable width and height", where)
         else:
             self.image_ids.append(item["id"])
-            self.sizes.extend(map(int, size))
+            self.sizes.extend([item["width"], item["height"]])
             self.names.append(name)
 
     def category(self, item: dict[str, Any], where: str) -> None:

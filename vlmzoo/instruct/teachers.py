@@ -86,7 +86,7 @@ class Rules:
 class OpenAI:
     """Any server of the chat completions interface, by OpenAI's client; the key comes from OPENAI_API_KEY."""
 
-    def __init__(self, model: str, base_url: str | None, *, max_tokens: int, timeout: float, concurrency: int) -> None:
+    def __init__(self, model: str, base_url: str | None, *, max_tokens: int, timeout: float) -> None:
         """
         Args:
             timeout: seconds of a whole request, however the server dribbles.
@@ -102,9 +102,7 @@ class OpenAI:
         limit = {"max_completion_tokens" if base_url is None else "max_tokens": max_tokens}
         self._options = {"model": model, "stream": False, **limit}
         self._timeout, self._where = timeout, base_url or "api.openai.com"
-        self._client = openai.AsyncOpenAI(
-            api_key=key or "none", base_url=base_url, max_retries=0, timeout=timeout, http_client=_http(concurrency)
-        )
+        self._client = openai.AsyncOpenAI(api_key=key or "none", base_url=base_url, max_retries=0, timeout=timeout)
 
     async def ask(self, request: Request) -> Answer:
         openai = _openai()
@@ -218,12 +216,3 @@ def _openai() -> Any:
     except ImportError:
         raise ValueError("--teacher openai needs openai: pip install 'vlmzoo[instruct]'") from None
     return openai
-
-
-def _http(concurrency: int) -> Any:
-    """A client that keeps as many connections as there are requests at a time."""
-    from openai import DefaultAsyncHttpxClient
-    from openai._constants import DEFAULT_CONNECTION_LIMITS
-
-    limits = type(DEFAULT_CONNECTION_LIMITS)(max_connections=concurrency, max_keepalive_connections=concurrency)
-    return DefaultAsyncHttpxClient(limits=limits)
