@@ -34,7 +34,12 @@ class Told(Clock):
 
 
 def run(
-    reply: Callable[[int, str], Reply], folder: Path, count: int = 1, timeout: float = 30, **limits: float
+    reply: Callable[[int, str], Reply],
+    folder: Path,
+    count: int = 1,
+    timeout: float = 30,
+    delay: float = 0,
+    **limits: float,
 ) -> tuple[list[Entry], Server, Told, StoppedError | None]:
     """What the journal holds after `count` images, how it was asked, and how it was stopped."""
     annotations, prompt = read_coco(coco.write(folder / "coco", count)), read_prompts()["conversation"]
@@ -49,7 +54,7 @@ def run(
         finally:
             await teacher.close()
 
-    with serving(reply) as server, Journal(folder / "journal.jsonl") as journal:
+    with serving(reply, delay) as server, Journal(folder / "journal.jsonl") as journal:
         try:
             asyncio.run(ask())
         except StoppedError as error:
@@ -157,7 +162,7 @@ def test_one_request_that_never_succeeds_is_rejected_while_others_do(tmp_path: P
 
 
 def test_no_more_are_under_way_than_were_allowed(tmp_path: Path) -> None:
-    found, server, *_ = run(lambda index, text: completion(turns(index)), tmp_path, count=40, concurrency=5)
+    found, server, *_ = run(lambda index, text: completion(turns(index)), tmp_path, count=40, delay=0.01, concurrency=5)
     assert len(found) == 40
     assert 2 <= server.most <= 5
 

@@ -85,7 +85,7 @@ def test_a_server_is_asked_once_but_for_what_was_in_flight(seed: int, tmp_path: 
         server.after = after
         options = f"--proportions 1:0:0 --teacher openai --model m --base-url {server.url} --concurrency {CONCURRENCY}"
         options = options.split()
-        assert ended(forked(["synthesize", str(folder), "--out", str(whole), *options]))
+        assert main(["synthesize", str(folder), "--out", str(whole), *options]) == 0  # forks find all imported
         assert sorted(map(image_of, server.asked)) == [10 + n for n in range(IMAGES)]
         server.asked.clear()
 
@@ -144,7 +144,8 @@ def test_the_rules_give_the_same_bytes_wherever_they_are_killed(seed: int, tmp_p
         sys.setprofile(count)
 
     command = ["synthesize", str(folder), "--seed", str(seed), "--out"]
-    assert ended(forked([*command, str(whole)], counting))
+    assert main([*command, str(whole)]) == 0  # forks find all imported
+    assert ended(forked([*command, str(tmp_path / "again.json")], counting))
     most = int(counted.read_text())
     states = []
     for _ in range(KILLS):
