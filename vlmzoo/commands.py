@@ -200,6 +200,8 @@ def synthesize(args: argparse.Namespace) -> int:
             raise ValueError(f"--{option.replace('_', '-')}: only for --teacher openai")
     if args.max_cost is not None and (args.price_in is None or args.price_out is None):
         raise ValueError("--max-cost: expected --price-in and --price-out with it")
+    if args.images is not None and not args.images.is_dir():
+        raise ValueError(f"--images {args.images}: no such folder")
 
     from vlmzoo.instruct import teachers
     from vlmzoo.instruct.annotations import read_coco

@@ -148,6 +148,7 @@ def test_a_dry_run_asks_nothing_and_writes_nothing(tmp_path: Path, capsys: pytes
         (["x", "--out", "a.json", "--limit", "0"], "expected a whole number above zero, got '0'"),
         (["x", "--out", "a.json", "--concurrency", "nan"], "expected a whole number above zero, got 'nan'"),
         (["COCO", "--out", "a.json", "--limit", "99"], "--limit 99: 3 images in these proportions allow at most 6"),
+        (["COCO", "--out", "a.json", "--images", "none"], "--images none: no such folder"),
         (["COCO", "--out", "a.json", "--prompts", "none"], "none: no such folder of prompts"),
         (["COCO", "--out", "a.json", "--teacher", "openai", "--model", "m"], "OPENAI_API_KEY is not set"),
         (["COCO", "--out", "a.json", "--teacher", "openai", "--model", "m", "--base-url", "x"], "expected http://"),
