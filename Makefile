@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help sweep sweep-full test test-zoo test-timm test-interpreted test-kernels test-scale test-fuzz lint docs bench bench-env gpu gpu-kernels gpu-training
+.PHONY: help sweep sweep-full test test-zoo test-timm test-interpreted test-kernels test-scale test-fuzz test-instruct lint docs bench bench-env gpu gpu-kernels gpu-training
 help:
 	@echo "make sweep       compare five connectors on the embedded world (about 12 minutes on two cores)"
 	@echo "make sweep-full  the same with two encoders, two LLMs, five seeds and several times the steps (six hours)"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-kernels  the kernels at every size, under Triton's interpreter and compiled for two GPUs (four minutes)"
 	@echo "make test-scale  two processes by DDP, FSDP2 and ZeRO, and a run that is killed again and again (ten minutes)"
 	@echo "make test-fuzz   several thousand damaged records, images and data files (five minutes)"
+	@echo "make test-instruct  synthesize, killed more often, and 10,000 records (two minutes)"
 	@echo "make bench       the kernels' time and memory against their peers, on this machine (eight minutes on two cores)"
 	@echo "make gpu         on this machine's GPU: the kernels' tests, their fastest tiles, tables of them and of training a 7B"
 	@echo "make docs        docs/connectors.md, docs/parity.md and the tables of docs/scale.md, from what the code does"
@@ -71,7 +72,8 @@ docs: .venv/timm
 	PYTHONPATH=.venv/timm $(BIN)/python -m tests.interop.parity docs
 
 test: lint test-timm test-interpreted
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not kernels and not scale and not fuzz"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile \
+		-m "not kernels and not scale and not fuzz and not instruct"
 
 # Triton reads TRITON_INTERPRET when a kernel's file is imported: a process of its own.
 INTERPRETED := TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 \
@@ -90,6 +92,9 @@ test-scale: .venv/installed
 
 test-fuzz: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 tests/data -m fuzz
+
+test-instruct: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 tests/instruct -m instruct
 
 test-timm: .venv/timm
 	PYTHONPATH=.venv/timm OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/interop tests/vision -m timm

@@ -12,7 +12,7 @@ LAYERS = [
     {"registry", "files"},
     {"connector", "config"},
     {"connectors", "vision", "language", "data", "world", "kernels"},
-    {"build"},
+    {"build", "instruct"},
     {"splice"},
     {"model"},
     {"processor", "interop"},

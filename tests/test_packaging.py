@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+KINDS = ("conversation", "detailed_description", "complex_reasoning")
+PROMPT_FILES = ("system.txt", "examples.yaml")
 
 IMPORT_ALL = """
 import importlib, json, pkgutil, sys, time
@@ -43,6 +45,8 @@ def test_wheel_holds_code_models_and_no_tests(wheel: Path):
         data = {f"{folder}/{path.name}" for path in (ROOT / folder).glob(f"*{suffix}")}
         assert data
         assert data <= set(names)
+    assert {f"vlmzoo/instruct/prompts/{kind}/{file}" for kind in KINDS for file in PROMPT_FILES} <= set(names)
+    assert "vlmzoo/instruct/report.html" in names
     assert not [name for name in names if name.startswith(("tests", "experiments", "connectors/", "kernels/"))]
     modules = {f"vlmzoo/{path.relative_to(ROOT / 'vlmzoo')}" for path in (ROOT / "vlmzoo").glob("*/**/*.py")}
     assert modules <= set(names), "a package is missing from pyproject's list"

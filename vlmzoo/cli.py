@@ -288,6 +288,57 @@ def _data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", type=Path, help="fetch: where the set is put (default: data/NAME)")
 
 
+def _proportions(text: str) -> tuple[int, int, int]:
+    parts = text.split(":")
+    if len(parts) != 3 or not all(part.isdecimal() for part in parts) or not any(map(int, parts)):
+        raise argparse.ArgumentTypeError(
+            f"expected conversation : detailed description : complex reasoning as in 58:23:77, got {text!r}"
+        )
+    conversation, description, reasoning = map(int, parts)
+    return conversation, description, reasoning
+
+
+def _above_zero(kind: type[int] | type[float]) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = kind(0)
+        if not 0 < value < 1e15:
+            raise argparse.ArgumentTypeError(
+                f"expected {'a whole number' if kind is int else 'a number'} above zero, got {text!r}"
+            )
+        return value
+
+    return read
+
+
+def _synthesize(parser: argparse.ArgumentParser) -> None:
+    whole, number = _above_zero(int), _above_zero(float)
+    add = parser.add_argument
+    add("source", metavar="COCO_DIR|world:NAME", help="a folder with annotations/{captions,instances}_*.json")
+    add("--out", metavar="FILE.json", type=Path, required=True, help="the records; journal and report stand beside it")
+    add("--teacher", metavar="NAME", default="rules", type=_one_of("teacher", "rules", "openai", "transformers"),
+        help="rules (default), openai or transformers")  # fmt: skip
+    add("--model", metavar="NAME", help="the teacher's model: of the server, or a directory or hub id")
+    add("--base-url", metavar="URL", help="a server of the OpenAI interface, such as http://localhost:8000/v1")
+    add("--limit", metavar="N", type=whole, help="how many requests (default: one an image)")
+    add("--proportions", metavar="A:B:C", type=_proportions, default=(58, 23, 77),
+        help="conversation : detailed description : complex reasoning (default: 58:23:77)")  # fmt: skip
+    add("--seed", metavar="N", type=int, default=0, help="of the plan and the rules (default: 0)")
+    add("--prompts", metavar="DIR", type=Path, help="your own <kind>/{system.txt,examples.yaml}")
+    add("--images", metavar="DIR", type=Path, help="image files for the report (default: COCO_DIR/images, if there)")
+    add("--concurrency", metavar="N", type=whole, default=8, help="requests at a time (default: 8)")
+    add("--requests-per-minute", metavar="N", type=number, help="at most so many (default: no limit)")
+    add("--attempts", metavar="N", type=whole, default=8, help="of a request before it is given up (default: 8)")
+    add("--timeout", metavar="SECONDS", type=number, default=120.0, help="of one attempt (default: 120)")
+    add("--max-tokens", metavar="N", type=whole, default=1024, help="of an answer (default: 1024)")
+    add("--max-cost", metavar="X", type=number, help="stop before more is spent; needs the prices")
+    add("--price-in", metavar="X", type=number, help="of a million tokens read")
+    add("--price-out", metavar="X", type=number, help="of a million tokens written")
+    add("--dry-run", action="store_true", help="ask nothing: show how many requests, tokens and what cost to expect")
+
+
 COMMANDS = {
     "list": Command(
         commands.show_list, "list what can be named in a YAML", "vlmzoo list connectors --plugin my.py", _list
@@ -328,6 +379,12 @@ COMMANDS = {
         "check a data set, or fetch a published one",
         "vlmzoo data check train.json --llm world:llama --json runs/findings.json",
         _data,
+    ),
+    "synthesize": Command(
+        commands.synthesize,
+        "make visual instruction data from captions and boxes; the same command again continues",
+        "vlmzoo synthesize world:conversations --limit 1000 --out runs/instruct.json",
+        _synthesize,
     ),
     "world": Command(commands.world, "build or look at the embedded world", "vlmzoo world show --seed 7", _world),
 }

@@ -299,6 +299,81 @@ def _subjects(args: argparse.Namespace, overrides: list[str]) -> list[Subject]:
     return of_data(parse_config(DataConfig, {"path": args.data, **given}), **named)
 
 
+def synthesize(args: argparse.Namespace) -> int:
+    if args.out.suffix != ".json":
+        raise ValueError(f"--out {args.out}: expected a file that ends in .json")
+    if args.teacher != "rules" and not args.model:
+        raise ValueError(f"--teacher {args.teacher}: expected --model with it")
+    for option in ("base_url", "price_in", "price_out", "max_cost"):
+        if getattr(args, option) is not None and args.teacher != "openai":
+            raise ValueError(f"--{option.replace('_', '-')}: only for --teacher openai")
+    if args.max_cost is not None and (args.price_in is None or args.price_out is None):
+        raise ValueError("--max-cost: expected --price-in and --price-out with it")
+    if args.images is not None and not args.images.is_dir():
+        raise ValueError(f"--images {args.images}: no such folder")
+
+    from vlmzoo.instruct import teachers
+    from vlmzoo.instruct.annotations import read_coco
+    from vlmzoo.instruct.ask import Limits
+    from vlmzoo.instruct.prompts import KINDS, read_prompts
+    from vlmzoo.instruct.synthesize import Job, estimate
+    from vlmzoo.instruct.synthesize import synthesize as run
+
+    prompts = read_prompts(args.prompts)
+    proportions: dict[str, int] = dict(zip(KINDS, args.proportions, strict=True))
+    folder = _coco_folder(args.source, args.limit)
+    images = args.images or (folder / "images" if (folder / "images").is_dir() else None)
+    limits = Limits(
+        concurrency=args.concurrency,
+        requests_per_minute=args.requests_per_minute,
+        attempts=args.attempts,
+        max_cost=args.max_cost,
+        price_in=args.price_in or 0.0,
+        price_out=args.price_out or 0.0,
+        max_tokens=args.max_tokens,
+    )
+    job = Job(read_coco(folder), prompts, proportions, args.out, args.limit, args.seed, images, limits)
+    for line in job.annotations.faults.lines():
+        print(f"{folder}: left out {line}", file=sys.stderr)
+    if args.dry_run:
+        _print_estimate(estimate(job), args.price_in is not None or args.price_out is not None)
+        return 0
+    if args.teacher == "rules":
+        teacher: teachers.Teacher = teachers.Rules(job.annotations.categories, args.seed)
+    elif args.teacher == "transformers":
+        teacher = teachers.Local(args.model, max_tokens=args.max_tokens)
+    else:
+        teacher = teachers.OpenAI(args.model, args.base_url, max_tokens=args.max_tokens, timeout=args.timeout)
+    tally = run(job, teacher)
+    print(f"{tally.table()}\n\n{args.out}: {tally.accepted} records" + (f", images in {images}" if images else ""))
+    print(job.beside(".report.html"))
+    return 0 if tally.accepted else 1
+
+
+def _coco_folder(source: str, limit: int | None) -> Path:
+    """The folder of annotations; scenes of the world are drawn into the cache folder at first use, one a request."""
+    if not source.startswith("world:"):
+        return Path(source).expanduser()
+    from vlmzoo import build
+    from vlmzoo.registry import unknown
+    from vlmzoo.world import DATASETS
+    from vlmzoo.world.coco import write_coco
+
+    name = source.removeprefix("world:")
+    if name not in DATASETS:
+        raise unknown("world data set", name, DATASETS)
+    return write_coco(name, build.cache_folder() / "world", limit or DATASETS[name], seed=0)
+
+
+def _print_estimate(rows: dict[str, dict[str, float]], priced: bool) -> None:
+    names = ("requests", "input_tokens", "output_tokens", *(["cost"] if priced else []))
+    rows = {**rows, "in all": {name: sum(row[name] for row in rows.values()) for name in names}}
+    print(f"{'':<21}" + "".join(f"{name.replace('_', ' '):>15}" for name in names))
+    for kind, row in rows.items():
+        print(f"{kind:<21}" + "".join(f"{row[name]:>15,.{2 if name == 'cost' else 0}f}" for name in names))
+    print("tokens are estimates: four characters each, answers as long as the examples'")
+
+
 def world(args: argparse.Namespace) -> int:
     if args.action == "build":
         from vlmzoo.world.build import build

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from vlmzoo import build
+from vlmzoo.config import DataConfig
 from vlmzoo.data.images import ImageError, load_image
-from vlmzoo.data.records import RecordError, read_records
+from vlmzoo.data.records import RecordError
 
 Write = Callable[[Any], Path]
 
@@ -25,8 +27,8 @@ def record(question: str = "Hello", answer: str = "Hi", **fields: Any) -> dict[s
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '[{"id": ' + '{"a": ' * 100_000, "[" + "9" * 5000 + "]"])
 def test_what_the_decoder_cannot_hold(text: str, write: Write, image_folder: Path) -> None:
-    with pytest.raises(RecordError, match=r"train\.json: (nested too deeply|not valid JSON)"):
-        read_records(write(text), image_folder)
+    with pytest.raises(RecordError, match=r"train\.json(\[0\])?: (nested too deeply|not valid JSON)"):
+        list(build.source(DataConfig(str(write(text)), str(image_folder))))
 
 
 @pytest.mark.parametrize(
@@ -36,7 +38,7 @@ def test_what_the_decoder_cannot_hold(text: str, write: Write, image_folder: Pat
 def test_half_a_character(value: dict[str, Any], write: Write, image_folder: Path) -> None:
     path = write(json.dumps([record(), value]))
     with pytest.raises(RecordError, match=r"^train\.json\[1\] .* is no text: half a character .* at \d") as caught:
-        read_records(path, image_folder)
+        list(build.source(DataConfig(str(path), str(image_folder))))
     str(caught.value).encode()
 
 
@@ -52,7 +54,7 @@ def test_half_a_character(value: dict[str, Any], write: Write, image_folder: Pat
 )
 def test_a_long_value_makes_no_long_message(value: dict[str, Any], write: Write, image_folder: Path) -> None:
     with pytest.raises((RecordError, ImageError)) as caught:
-        read_records(write([value]), image_folder)
+        list(build.source(DataConfig(str(write([value])), str(image_folder))))
     assert len(str(caught.value)) < 1000
     assert str(caught.value).startswith("train.json[0]")
 

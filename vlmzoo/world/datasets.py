@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 
@@ -86,12 +86,8 @@ def write_dataset(name: str, directory: Path, size: int, seed: int) -> Path:
     stream = examples(name, size, seed)
     folder = directory / f"{name}-v{VERSION}-{size}-{seed}"
     file = folder / f"{name}.json"
-    if file.is_file():
-        return file
-    directory.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=directory))
-    try:
-        (aside / "images").mkdir()
+
+    def fill(aside: Path) -> None:
         records = []
         for number, (scene, turns) in enumerate(stream):
             record = _record(f"{name}-{number:06d}", scene, turns)
@@ -100,14 +96,27 @@ def write_dataset(name: str, directory: Path, size: int, seed: int) -> Path:
             Image.fromarray(draw(scene)).save(aside / "images" / str(record["image"]), compress_level=1)
             records.append(record)
         (aside / file.name).write_text(json.dumps(records, indent=1))
+
+    write_once(folder, fill)
+    return file
+
+
+def write_once(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Has a folder with `images/` in it filled aside and renamed, unless it stands: one that stands is whole."""
+    if folder.is_dir():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        (aside / "images").mkdir()
+        fill(aside)
         aside.chmod(0o755)
         os.replace(aside, folder)
     except OSError:
-        if not file.is_file():  # else another process has written the same folder first
+        if not folder.is_dir():  # else another process has written the same folder first
             raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return file
 
 
 def _record(identity: str, scene: Scene, turns: list[Question]) -> dict[str, object]:

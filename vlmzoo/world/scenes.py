@@ -135,12 +135,29 @@ def alter(scene: Scene, rng: random.Random) -> Scene:
     return replace(scene, objects=tuple(sorted(objects)))
 
 
-def draw(scene: Scene) -> np.ndarray:
-    """The scene's picture, uint8 (72, 72, 3): grainy light ground, jittered places, sizes and colours."""
+@dataclass(frozen=True)
+class _Placed:
+    """All that is drawn by lot for one object: window, colour, and how bright a sign's paper and ink are."""
+
+    item: SceneObject
+    top: int
+    left: int
+    radius: int
+    tint: list[float]
+    paper: float = 0.0
+    ink: float = 0.0
+
+    @property
+    def side(self) -> int:
+        return 2 * self.radius + (self.item.digit is None)
+
+
+def _place(scene: Scene) -> tuple[int, list[float], list[_Placed]]:
+    """Which sheet of grain, the ground's colour, and every object's place."""
     rng = random.Random(scene.seed)
     start = rng.randrange(len(_grain()))
-    ground = np.array([rng.uniform(208, 246) for _ in range(3)], np.float32)
-    canvas = _grain()[start, :, :, None] + ground
+    ground = [rng.uniform(208, 246) for _ in range(3)]
+    placed = []
     for item in scene.objects:
         tint = [value + rng.uniform(-16, 16) for value in COLORS[item.color]]
         low, high = RADII[item.size]
@@ -148,13 +165,35 @@ def draw(scene: Scene) -> np.ndarray:
         side = 2 * radius + (item.digit is None)
         top = item.row * CELL + rng.randint(0, CELL - side)  # the object stays inside its cell
         left = item.column * CELL + rng.randint(0, CELL - side)
-        window = canvas[top : top + side, left : left + side]
+        light = (0.0, 0.0) if item.digit is None else (255 - rng.uniform(0, 24), rng.uniform(20, 60))
+        placed.append(_Placed(item, top, left, radius, tint, *light))
+    return start, ground, placed
+
+
+def boxes(scene: Scene) -> list[tuple[int, int, int, int]]:
+    """(left, top, right, bottom) in pixels around what is seen of each object."""
+    found = []
+    for placed in _place(scene)[2]:
+        rows, columns = np.array([0, placed.side - 1]), np.array([0, placed.side - 1])
+        if placed.item.digit is None:
+            rows, columns, _ = np.nonzero(_coverage(placed.item.shape, placed.radius) >= 0.5)
+        left, top = placed.left + int(columns.min()), placed.top + int(rows.min())
+        found.append((left, top, placed.left + int(columns.max()) + 1, placed.top + int(rows.max()) + 1))
+    return found
+
+
+def draw(scene: Scene) -> np.ndarray:
+    """The scene's picture, uint8 (72, 72, 3): grainy light ground, jittered places, sizes and colours."""
+    start, ground, objects = _place(scene)
+    canvas = _grain()[start, :, :, None] + np.array(ground, np.float32)
+    for placed in objects:
+        item, top, left = placed.item, placed.top, placed.left
+        window = canvas[top : top + placed.side, left : left + placed.side]
         if item.digit is None:
-            window += _coverage(item.shape, radius) * (np.array(tint, np.float32) - window)
+            window += _coverage(item.shape, placed.radius) * (np.array(placed.tint, np.float32) - window)
         else:
-            window[:] = tint
-            paper = 255 - rng.uniform(0, 24)
-            window[FRAME:-FRAME, FRAME:-FRAME] = paper + _ink()[item.digit] * (rng.uniform(20, 60) - paper)
+            window[:] = placed.tint
+            window[FRAME:-FRAME, FRAME:-FRAME] = placed.paper + _ink()[item.digit] * (placed.ink - placed.paper)
     return canvas.clip(0, 255).astype(np.uint8)
 
 
