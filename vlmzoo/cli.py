@@ -323,8 +323,11 @@ def _synthesize(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="NAME", help="the teacher's model: of the server, or a directory or hub id")
     add("--base-url", metavar="URL", help="a server of the OpenAI interface, such as http://localhost:8000/v1")
     add("--limit", metavar="N", type=whole, help="how many requests (default: one an image)")
-    add("--proportions", metavar="A:B:C", type=_proportions, default=(58, 23, 77),
+    add("--proportions", metavar="A:B:C", type=_proportions,
         help="conversation : detailed description : complex reasoning (default: 58:23:77)")  # fmt: skip
+    add("--short", metavar="PROMPT", nargs="?", const=commands.SHORT_PROMPT,
+        help="rules alone: conversations in answers of a word or two, and how the first question asks for it "
+        f"(default: {commands.SHORT_PROMPT!r})")  # fmt: skip
     add("--seed", metavar="N", type=int, default=0, help="of the plan and the rules (default: 0)")
     add("--prompts", metavar="DIR", type=Path, help="your own <kind>/{system.txt,examples.yaml}")
     add("--images", metavar="DIR", type=Path, help="image files for the report (default: COCO_DIR/images, if there)")

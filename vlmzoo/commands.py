@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 RUNS = Path("runs")
 
+SHORT_PROMPT = "Answer the question using a single word or phrase."  # of LLaVA-1.5
 READ_BY = ("images", "llm", "encoder", "connector", "template", "image_mode", "max_length", "limit")
 """Options that say how a data set is read; a run's YAML says it itself."""
 DATA_ACTIONS: dict[str, tuple[str, ...]] = {
@@ -311,6 +312,10 @@ def synthesize(args: argparse.Namespace) -> int:
         raise ValueError("--max-cost: expected --price-in and --price-out with it")
     if args.images is not None and not args.images.is_dir():
         raise ValueError(f"--images {args.images}: no such folder")
+    if args.short is not None and args.teacher != "rules":
+        raise ValueError("--short: only for --teacher rules; tell another teacher by --prompts")
+    if args.short is not None and any((args.proportions or (1, 0, 0))[1:]):
+        raise ValueError("--short: descriptions and reasoning have no short answers; expected --proportions 1:0:0")
 
     from vlmzoo.instruct import teachers
     from vlmzoo.instruct.annotations import read_coco
@@ -320,7 +325,8 @@ def synthesize(args: argparse.Namespace) -> int:
     from vlmzoo.instruct.synthesize import synthesize as run
 
     prompts = read_prompts(args.prompts)
-    proportions: dict[str, int] = dict(zip(KINDS, args.proportions, strict=True))
+    shares = args.proportions or ((58, 23, 77) if args.short is None else (1, 0, 0))
+    proportions: dict[str, int] = dict(zip(KINDS, shares, strict=True))
     folder = _coco_folder(args.source, args.limit)
     images = args.images or (folder / "images" if (folder / "images").is_dir() else None)
     limits = Limits(
@@ -332,14 +338,16 @@ def synthesize(args: argparse.Namespace) -> int:
         price_out=args.price_out or 0.0,
         max_tokens=args.max_tokens,
     )
-    job = Job(read_coco(folder), prompts, proportions, args.out, args.limit, args.seed, images, limits)
+    asked = prompts, proportions, args.out, args.limit, args.seed
+    job = Job(read_coco(folder), *asked, images, limits, args.short or "")
     for line in job.annotations.faults.lines():
         print(f"{folder}: left out {line}", file=sys.stderr)
     if args.dry_run:
         _print_estimate(estimate(job), args.price_in is not None or args.price_out is not None)
         return 0
     if args.teacher == "rules":
-        teacher: teachers.Teacher = teachers.Rules(job.annotations.categories, args.seed)
+        short = args.short is not None
+        teacher: teachers.Teacher = teachers.Rules(job.annotations.categories, args.seed, short=short)
     elif args.teacher == "transformers":
         teacher = teachers.Local(args.model, max_tokens=args.max_tokens)
     else:

@@ -163,6 +163,26 @@ def test_the_rules_state_what_captions_state_and_nothing_of_a_crowd() -> None:
     assert not any(question == "Where is the dog?" for question, _ in turns), "which of the two?"
 
 
+def test_short_answers_are_a_word_or_two_say_the_same_and_pass() -> None:
+    short, long = (
+        {(turn["question"], turn["answer"]) for seed in range(300) for turn in json.loads(text(seed))}
+        for text in (
+            lambda seed: rules.answer("conversation", FACTS, VOCABULARY, CATEGORIES, seed, short=True),
+            lambda seed: rules.answer("conversation", FACTS, VOCABULARY, CATEGORIES, seed),
+        )
+    )
+    assert ("What color is the horse?", "brown") in short
+    assert ("Is there a cat in the image?", "no") in short
+    assert ("Where is the horse?", "center") in short
+    assert all(len(answer.split()) <= 2 for _, answer in short)
+    said = dict(long)
+    assert all(answer.split("-")[-1] in said[question].lower() for question, answer in short if answer.isalpha())
+    for seed in range(100):
+        turns = gate.parse(rules.answer("conversation", FACTS, VOCABULARY, CATEGORIES, seed, short=True))
+        assert not isinstance(turns, str)
+        assert gate.judge("conversation", turns, SCENE) in (None, "too_few_turns"), turns
+
+
 def test_an_image_without_boxes_gives_nothing_rather_than_something_false() -> None:
     bare = Facts(8, "b.jpg", (10, 10), ("A quiet place.",), ())
     said = json.loads(rules.answer("complex_reasoning", bare, VOCABULARY, CATEGORIES, 0))

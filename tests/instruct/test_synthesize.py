@@ -135,6 +135,19 @@ def test_a_dry_run_asks_nothing_and_writes_nothing(tmp_path: Path, capsys: pytes
     assert not out.parent.exists()
 
 
+def test_short_answers_are_asked_for_in_the_first_question(tmp_path: Path) -> None:
+    out = tmp_path / "a.json"
+    assert main(["synthesize", "world:conversations", "--limit", "40", "--out", str(out), "--short"]) == 0
+    found = json.loads(out.read_text())
+    assert len(found) > 20
+    for record in found:
+        first, *others = (turn["value"] for turn in record["conversations"][::2])
+        assert first.endswith("\nAnswer the question using a single word or phrase.")
+        assert not any("single word" in question for question in others)
+        assert all(len(turn["value"].split()) <= 2 for turn in record["conversations"][1::2])
+        assert record["kind"] == "conversation"
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -150,6 +163,8 @@ def test_a_dry_run_asks_nothing_and_writes_nothing(tmp_path: Path, capsys: pytes
         (["x", "--out", "a.json", "--concurrency", "nan"], "expected a whole number above zero, got 'nan'"),
         (["COCO", "--out", "a.json", "--limit", "99"], "--limit 99: 3 images in these proportions allow at most 6"),
         (["COCO", "--out", "a.json", "--images", "none"], "--images none: no such folder"),
+        (["COCO", "--out", "a.json", "--short", "--proportions", "1:1:0"], "expected --proportions 1:0:0"),
+        (["COCO", "--out", "a.json", "--short", "--teacher", "openai", "--model", "m"], "only for --teacher rules"),
         (["COCO", "--out", "a.json", "--prompts", "none"], "none: no such folder of prompts"),
         (["COCO", "--out", "a.json", "--teacher", "openai", "--model", "m"], "OPENAI_API_KEY is not set"),
         (["COCO", "--out", "a.json", "--teacher", "openai", "--model", "m", "--base-url", "x"], "expected http://"),

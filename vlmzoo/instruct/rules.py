@@ -8,11 +8,17 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise, permutations
+from typing import NamedTuple
 
 from vlmzoo.instruct.annotations import Facts, Thing
 from vlmzoo.instruct.words import Vocabulary, a, listed, number, plural, some, words
 
-Turn = tuple[str, str]  # question, answer
+
+class Turn(NamedTuple):
+    question: str
+    answer: str
+    short: str | None = None  # the same in a word or two; None: it has no such answer
+
 
 VERSION = 1  # raised with every change of what is said
 MOST_TURNS = 5
@@ -40,18 +46,28 @@ COLOURS = frozenset(
 SIZES = frozenset(("small", "large", "big", "little", "tall", "tiny", "huge"))
 
 
-def answer(kind: str, facts: Facts, vocabulary: Vocabulary, categories: Sequence[str], seed: int) -> str:
-    """What a teacher would answer: the turns as JSON, decided by the seed, the image and the kind alone."""
-    scene = _Scene(facts, vocabulary, categories, random.Random(f"{seed} {facts.id} {kind}"))
-    turns = {"conversation": conversation, "detailed_description": description, "complex_reasoning": reasoning}[kind]
-    return json.dumps([{"question": ask, "answer": said} for ask, said in turns(scene)], ensure_ascii=False)
+def answer(
+    kind: str, facts: Facts, vocabulary: Vocabulary, categories: Sequence[str], seed: int, *, short: bool = False
+) -> str:
+    """What a teacher would answer: the turns as JSON, decided by the seed, the image and the kind alone.
+
+    Args:
+        short: answers of a word or two, in a conversation of questions that have one.
+    """
+    scene = _Scene(facts, vocabulary, categories, random.Random(f"{seed} {facts.id} {kind}"), short)
+    rules = {"conversation": conversation, "detailed_description": description, "complex_reasoning": reasoning}
+    turns = rules[kind](scene)
+    said = [{"question": turn.question, "answer": (turn.short if short else None) or turn.answer} for turn in turns]
+    return json.dumps(said, ensure_ascii=False)
 
 
 class _Scene:
     """What the rules look things up in."""
 
-    def __init__(self, facts: Facts, vocabulary: Vocabulary, categories: Sequence[str], rng: random.Random) -> None:
-        self.facts, self.vocabulary, self.categories, self.rng = facts, vocabulary, categories, rng
+    def __init__(
+        self, facts: Facts, vocabulary: Vocabulary, categories: Sequence[str], rng: random.Random, short: bool
+    ) -> None:
+        self.facts, self.vocabulary, self.categories, self.rng, self.short = facts, vocabulary, categories, rng, short
         crowds = {thing.category for thing in facts.things if thing.crowd}
         self.present = list(dict.fromkeys(thing.category for thing in facts.things))
         self.counts = Counter(thing.category for thing in facts.things if thing.category not in crowds)
@@ -82,11 +98,14 @@ class _Scene:
 def conversation(scene: _Scene) -> list[Turn]:
     """Two to MOST_TURNS turns about types, presence, counts, places, relations, and what captions state."""
     found = [turn for rule in (kinds, presence, counts, places, relations, attributes, actions) for turn in rule(scene)]
+    if scene.short:
+        found = [turn for turn in found if turn.short]
     if not found:
         return []
-    first, rest = found[: bool(scene.present)], found[bool(scene.present) :]
+    inventory = bool(scene.present) and not scene.short  # what `kinds` says, if anywhere first
+    first, rest = found[:inventory], found[inventory:]
     turns = (first if scene.rng.random() < 0.5 else []) + scene.rng.sample(rest, len(rest))
-    kept = {question: turn for turn in turns if (question := turn[0])}
+    kept = {turn.question: turn for turn in turns}
     return list(kept.values())[: scene.rng.randint(3, MOST_TURNS)]
 
 
@@ -95,7 +114,7 @@ def kinds(scene: _Scene) -> Iterator[Turn]:
         asked = scene.draw(
             ("What can be seen in the image?", "Which objects are in the image?", "What does the image show?")
         )
-        yield asked, f"There {scene.verb()} {scene.inventory()} in the image."
+        yield Turn(asked, f"There {scene.verb()} {scene.inventory()} in the image.")
 
 
 def presence(scene: _Scene) -> Iterator[Turn]:
@@ -106,12 +125,12 @@ def presence(scene: _Scene) -> Iterator[Turn]:
         many = scene.counts[name] != 1
         what = plural(name) if many else a(name)
         verb = "are" if many or what == name else "is"
-        yield f"{verb.capitalize()} there {what} in the image?", f"Yes, there {verb} {what} in the image."
+        yield Turn(f"{verb.capitalize()} there {what} in the image?", f"Yes, there {verb} {what} in the image.", "yes")
     absent = [name for name in scene.categories if name not in scene.said and name not in scene.present]
     absent = [name for name in absent if plural(name) != name]
     if absent:
         name = scene.rng.choice(absent)
-        yield scene.draw(phrases).format(a(name)), f"No, there is no {name} in the image."
+        yield Turn(scene.draw(phrases).format(a(name)), f"No, there is no {name} in the image.", "no")
 
 
 def counts(scene: _Scene) -> Iterator[Turn]:
@@ -121,7 +140,7 @@ def counts(scene: _Scene) -> Iterator[Turn]:
         asked = scene.draw(
             ("How many {} are there?", "How many {} can be seen?", "What is the number of {} in the image?")
         )
-        yield asked.format(plural(name)), f"There {verb} {what} in the image."
+        yield Turn(asked.format(plural(name)), f"There {verb} {what} in the image.", str(count))
 
 
 def places(scene: _Scene) -> Iterator[Turn]:
@@ -129,7 +148,8 @@ def places(scene: _Scene) -> Iterator[Turn]:
         asked = scene.draw(
             ("Where is the {}?", "Where in the image is the {}?", "In which part of the image is the {}?")
         )
-        yield asked.format(thing.category), f"The {thing.category} is {place(thing)} of the image."
+        said = f"The {thing.category} is {place(thing)} of the image."
+        yield Turn(asked.format(thing.category), said, short_place(thing))
 
 
 def relations(scene: _Scene) -> Iterator[Turn]:
@@ -138,7 +158,8 @@ def relations(scene: _Scene) -> Iterator[Turn]:
             if relation := words_of(first, second):
                 choice = "to the left or to the right of" if pair[0] == "left" else "above or below"
                 asked = f"Is the {first.category} {choice} the {second.category}?"
-                yield asked, f"The {first.category} is {relation} the {second.category}."
+                short = next(word for word in pair if word in relation)
+                yield Turn(asked, f"The {first.category} is {relation} the {second.category}.", short)
 
 
 def attributes(scene: _Scene) -> Iterator[Turn]:
@@ -149,7 +170,8 @@ def attributes(scene: _Scene) -> Iterator[Turn]:
         for known, question in ((COLOURS, "What color is the {}?"), (SIZES, "How large is the {}?")):
             values = {word for words_before in stated for word in words_before if word in known}
             if len(values) == 1:
-                yield question.format(thing.category), f"The {thing.category} is {values.pop()}."
+                (value,) = values
+                yield Turn(question.format(thing.category), f"The {thing.category} is {value}.", value)
 
 
 def adjectives(told: list[str], at: int) -> list[str]:
@@ -170,7 +192,7 @@ def actions(scene: _Scene) -> Iterator[Turn]:
                 rf"\b(?:an?|the) (?:\w+ )?{name} (?:is |that is )?(\w{{2,}}ing\b[^.;,]*)", caption.lower()
             )
             if found and scene.vocabulary.mentions(words(found[0]))[:1]:
-                yield f"What is the {thing.category} doing?", f"The {thing.category} is {found[1].strip()}."
+                yield Turn(f"What is the {thing.category} doing?", f"The {thing.category} is {found[1].strip()}.")
                 break
 
 
@@ -188,8 +210,8 @@ def description(scene: _Scene) -> list[Turn]:
     if scene.present:
         said.append(f"In all, there {scene.verb()} {scene.inventory()}.")
     said += [f"The {thing.category} is {place(thing)} of the image." for thing in scene.single]
-    related = [said_of for _, said_of in relations(scene)]
-    return [(asked, " ".join(said + related[:3]))]
+    related = [turn.answer for turn in relations(scene)]
+    return [Turn(asked, " ".join(said + related[:3]))]
 
 
 def reasoning(scene: _Scene) -> list[Turn]:
@@ -197,8 +219,8 @@ def reasoning(scene: _Scene) -> list[Turn]:
     found = [turn for rule in (order, comparison, remaining) for turn in rule(scene)]
     if not found:
         return []
-    asked, follows = scene.rng.choice(found)
-    return [(asked, f"{_sentence(max(scene.facts.captions, key=len))} {follows}")]
+    turn = scene.rng.choice(found)
+    return [Turn(turn.question, f"{_sentence(max(scene.facts.captions, key=len))} {turn.answer}")]
 
 
 def order(scene: _Scene) -> Iterator[Turn]:
@@ -211,7 +233,7 @@ def order(scene: _Scene) -> Iterator[Turn]:
             steps = [f"{first} is {words_of(one, two)} {second}"
                      for one, two, first, second in zip(row, row[1:], names, names[1:], strict=False)]  # fmt: skip
             asked = f"Going {way}, in which order do {shuffled} come, and why?"
-            yield asked, f"{_sentence(listed(steps))} So the order {way} is {', then '.join(names)}."
+            yield Turn(asked, f"{_sentence(listed(steps))} So the order {way} is {', then '.join(names)}.")
 
 
 def comparison(scene: _Scene) -> Iterator[Turn]:
@@ -220,7 +242,7 @@ def comparison(scene: _Scene) -> Iterator[Turn]:
             asked = f"Are there more {plural(one)} or more {plural(two)} in the image, and how many more?"
             known = f"There {'is' if fewest == 1 else 'are'} {number(fewest)} {two if fewest == 1 else plural(two)}"
             rest = f"{number(most)} {plural(one)}, so the {plural(one)} are more by {number(most - fewest)}."
-            yield asked, f"{known} against {rest}"
+            yield Turn(asked, f"{known} against {rest}")
 
 
 def remaining(scene: _Scene) -> Iterator[Turn]:
@@ -230,17 +252,27 @@ def remaining(scene: _Scene) -> Iterator[Turn]:
         asked = f"Suppose that one {name} were taken out of the image. How many {plural(name)} would remain, and why?"
         have = f"There {'is' if count == 1 else 'are'} {number(count)} {name if count == 1 else plural(name)}"
         left = "none would remain" if count == 1 else f"{number(count - 1)} would remain"
-        yield asked, f"{have} in the image. Without one of them, {left}."
+        yield Turn(asked, f"{have} in the image. Without one of them, {left}.")
 
 
 def place(thing: Thing) -> str:
     """Where its centre stands, in thirds of the image."""
-    x, y = _centre(thing)
-    across = "left" if x < 1 / 3 else "right" if x > 2 / 3 else ""
-    down = "top" if y < 1 / 3 else "bottom" if y > 2 / 3 else ""
+    down, across = _thirds(thing)
     if down and across:
         return f"in the {down} {across}"
     return f"on the {across} side" if across else f"at the {down}" if down else "in the center"
+
+
+def short_place(thing: Thing) -> str:
+    """The same as one of nine words, `top-left` to `bottom-right`."""
+    down, across = _thirds(thing)
+    return f"{down or 'middle'}-{across or 'middle'}" if down or across else "center"
+
+
+def _thirds(thing: Thing) -> tuple[str, str]:
+    x, y = _centre(thing)
+    across = "left" if x < 1 / 3 else "right" if x > 2 / 3 else ""
+    return "top" if y < 1 / 3 else "bottom" if y > 2 / 3 else "", across
 
 
 def horizontal(first: Thing, second: Thing) -> str:

@@ -39,6 +39,7 @@ class Job:
     seed: int = 0
     images: Path | None = None  # where the report finds image files
     limits: Limits = field(default_factory=Limits)
+    format_prompt: str = ""  # ends a record's first question
 
     def beside(self, ending: str) -> Path:
         return self.out.with_suffix(ending)
@@ -120,7 +121,7 @@ def _judged(job: Job, teacher: Teacher, journal: Journal, total: int) -> Tally:
             turns, reason = _judge(request, entry, vocabulary, duplicates)
             if reason is None:
                 records.write(",\n" if tally.accepted else "\n")
-                records.write(json.dumps(_record(request, turns), ensure_ascii=False))
+                records.write(json.dumps(_record(request, turns, job.format_prompt), ensure_ascii=False))
             else:
                 place = {"image": request.facts.file_name, "kind": request.kind}
                 refused.write(json.dumps({**place, "reason": reason, "answer": entry.text}, ensure_ascii=False) + "\n")
@@ -145,11 +146,12 @@ def _judge(
     return turns, reason or duplicates.reason(" ".join(part for turn in turns for part in turn))
 
 
-def _record(request: Request, turns: list[Turn]) -> dict[str, Any]:
+def _record(request: Request, turns: list[Turn], format_prompt: str) -> dict[str, Any]:
     """LLaVA's form, and the kind."""
     said = []
     for number, (question, answer) in enumerate(turns):
-        said.append({"from": "human", "value": question if number else f"<image>\n{question}"})
+        lines = [question] if number else ["<image>", question, *([format_prompt] if format_prompt else [])]
+        said.append({"from": "human", "value": "\n".join(lines)})
         said.append({"from": "gpt", "value": answer})
     facts = request.facts
     return {"id": f"{facts.id}-{request.kind}", "image": facts.file_name, "conversations": said, "kind": request.kind}

@@ -72,12 +72,13 @@ class Teacher(Protocol):
 class Rules:
     """Exact answers from the annotations; see `rules`."""
 
-    def __init__(self, categories: Sequence[str], seed: int) -> None:
-        self.identity = f"rules {rules.VERSION} {seed} {','.join(categories)}"
-        self._vocabulary, self._categories, self._seed = Vocabulary(categories), categories, seed
+    def __init__(self, categories: Sequence[str], seed: int, *, short: bool = False) -> None:
+        self.identity = f"rules {rules.VERSION} {seed} {','.join(categories)}{' short' if short else ''}"
+        self._vocabulary, self._categories, self._seed, self._short = Vocabulary(categories), categories, seed, short
 
     async def ask(self, request: Request) -> Answer:
-        return Answer(rules.answer(request.kind, request.facts, self._vocabulary, self._categories, self._seed))
+        known = request.facts, self._vocabulary, self._categories, self._seed
+        return Answer(rules.answer(request.kind, *known, short=self._short))
 
     async def close(self) -> None:
         pass
