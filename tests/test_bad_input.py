@@ -144,7 +144,7 @@ STRUCTURE: dict[str, tuple[Break, list[str]]] = {
     "image of another type": (record(image=7), [WHERE, "`image` must be a path or a list of paths, got 7"]),
     "empty data set": (data("[]"), ["data.json: holds no record; expected at least one"]),
     "no list": (data('{"id": 1}'), ["data.json: expected a list of records, got an object"]),
-    "not JSON": (data('[{"id": 1,\n'), ["data.json: not valid JSON at line 2"]),
+    "not JSON": (data('[{"id": 1,\n'), ["data.json[0]: not valid JSON at line 2"]),
     "not text": (lambda folder, values: (folder / "data.json").write_bytes(b"\xff\xfe"), ["data.json: cannot be read"]),
     "no data file": (
         lambda folder, values: (folder / "data.json").unlink(),

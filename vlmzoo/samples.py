@@ -32,8 +32,9 @@ from vlmzoo.vision.shards import StoredFeatures
 
 READERS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 """Threads that decode images while those before them are computed on."""
-CHECKED = 50_000
-"""Records up to which a data set is read when it is opened, so that a faulty one is refused before training starts."""
+HELD = 50_000
+"""Records up to which a data set is read when it is opened: a faulty one is refused before training starts, and none is
+parsed twice."""
 
 
 def seen(record: Record, sees: Sight) -> Record:
@@ -50,17 +51,18 @@ def seen(record: Record, sees: Sight) -> Record:
 
 
 class Seen(Source):
-    """The records of a source as an arm sees them."""
+    """The records of a source as an arm sees them; those of a small one are read at once."""
 
     def __init__(self, source: Source, sees: Sight) -> None:
         self._source = source
         self._sees: Sight = sees
+        self._held = [seen(record, sees) for record in source] if len(source) <= HELD else None
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> Record:
-        return seen(self._source[index], self._sees)
+        return seen(self._source[index], self._sees) if self._held is None else self._held[index]
 
     def fingerprint(self) -> dict[str, Any]:
         return self._source.fingerprint()
@@ -105,9 +107,6 @@ class SampleSet:
         features: Features = "compute",
     ) -> None:
         self.records: Source = Seen(build.source(data), sees)
-        if len(self.records) <= CHECKED:
-            for _ in self.records:
-                pass
         self._model, self._processor, self._data, self._cache_folder = model, processor, data, cache
         self._encoder_moves, self._sees = encoder_moves, sees
         self._stored: Features = features

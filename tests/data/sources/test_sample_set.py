@@ -37,8 +37,9 @@ def held() -> int:
 
 
 @pytest.mark.parametrize("group_by", [None, "modality_length"])
-def test_no_record_is_held_for_all_of_them(parts: Any, group_by: Any) -> None:
+def test_no_record_of_a_large_set_is_held(parts: Any, group_by: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor, stage = parts
+    monkeypatch.setattr(samples, "HELD", 15)
     stage.group_by = group_by
     before = held()
     data = SampleSet(model, processor, stage.data)
@@ -59,7 +60,7 @@ def test_small_sets_are_checked_at_once_and_large_ones_as_they_are_read(
     stage.data.path, stage.data.images = str(tmp_path / "data.json"), str(folder / "images")
     with pytest.raises(ImageError, match=r"data\.json\[5\] \(id 'record-5'\): image 'absent\.png' is not in"):
         SampleSet(model, processor, stage.data)
-    monkeypatch.setattr(samples, "CHECKED", 15)
+    monkeypatch.setattr(samples, "HELD", 15)
     data = SampleSet(model, processor, stage.data)
     assert len(data.samples([4])) == 1
     with pytest.raises(ImageError, match=r"data\.json\[5\] \(id 'record-5'\): image 'absent\.png' is not in"):
