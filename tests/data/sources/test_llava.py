@@ -73,6 +73,10 @@ def test_broken_lines(tmp_path: Path, values: list[dict[str, Any]]) -> None:
     assert (len(source), source[0].id, source[2].id) == (3, "r0", "r1")
     with pytest.raises(RecordError, match=r"data\.jsonl\[1\]: not valid JSON at line 4: Expecting property name"):
         source[1]
+    file.write_text(json.dumps(values[0]) + "\n{")
+    assert len(build.source(DataConfig(str(file)))) == 2
+    with pytest.raises(RecordError, match=r"data\.jsonl\[1\]: not valid JSON at line 2"):
+        build.source(DataConfig(str(file)))[1]
     file.write_text("\n\n")
     with pytest.raises(RecordError, match="holds no record"):
         build.source(DataConfig(str(file)))

@@ -53,6 +53,8 @@ def json_lines(file: Place) -> np.ndarray:
     bounds = bounds[bounds < end]
     lengths = np.diff(np.append(bounds, end))
     short = lengths == 1
+    if len(short) and short[-1]:  # the last line may end with the file
+        short[-1] = read_range(file, int(bounds[-1]), 1) == b"\n"
     for line in np.flatnonzero(lengths == 2):
         short[line] = read_range(file, int(bounds[line]), 2) == b"\r\n"
     return np.append(bounds[~short], end)
