@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import random
 import re
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from vlmzoo.config import DataConfig
 from vlmzoo.data.images import load_image
 from vlmzoo.data.records import RecordError
 from vlmzoo.data.sources import webdataset
-from vlmzoo.data.sources.tar import OddError, any_members, plain_members
+from vlmzoo.data.sources.tar import Members, OddError, any_members, plain_members
 from vlmzoo.data.sources.webdataset import braces
 
 
@@ -31,6 +34,10 @@ def shard(folder: Path, *members: tuple[str, bytes], **options: Any) -> str:
         for name, data in members:
             add(archive, name, data)
     return str(folder / "s.tar")
+
+
+def members(found: Iterable[Members]) -> list[tuple[str, int, int]]:
+    return [(name.decode(), start, size) for part in found for name, start, size in zip(*part, strict=True)]
 
 
 def test_captions_and_metadata(tmp_path: Path) -> None:
@@ -65,6 +72,11 @@ def test_faults_name_the_shard_and_the_record(tmp_path: Path) -> None:
     )
     assert "s.tar[0]: expected an object with `conversations`, got a list" in fault(("a.json", b"[1]"))
     assert "s.tar: holds no record" in fault(("a.cls", b"1"))
+    with tarfile.open(tmp_path / "f.tar", "w") as archive:
+        (folder := tarfile.TarInfo("sub")).type = tarfile.DIRTYPE
+        archive.addfile(folder)
+    with pytest.raises(RecordError, match=r"f\.tar: holds no record"):
+        build.source(DataConfig(str(tmp_path / "f.tar")))
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
@@ -97,11 +109,55 @@ def test_members_are_those_of_tarfile(format: int, tmp_path: Path) -> None:
     with tarfile.open(path) as archive:
         expected = [(member.name, member.offset_data, member.size) for member in archive]
     with Path(path).open("rb") as stream:
-        assert list(any_members(stream)) == expected
+        assert members(any_members(stream)) == expected
         try:
-            assert list(plain_members(stream)) == expected
+            assert members(plain_members(stream)) == expected
         except OddError:
             assert format != tarfile.USTAR_FORMAT
+
+
+@pytest.mark.parametrize("size", [1_500, 60_000])
+@pytest.mark.parametrize("time", [None, "1700000000.25"])
+def test_many_members_are_those_of_tarfile(size: int, time: str | None, tmp_path: Path) -> None:
+    """Over many reads, of small members and of large ones, with folders and headers of times between them."""
+    draw = random.Random(0)
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        for number in range(1200 if size < 10_000 else 60):
+            info = tarfile.TarInfo(f"./{number // 100}/{number:05}.txt")
+            info.size = draw.choice([0, 1, 511, 512, 513, draw.randrange(2 * size)])
+            info.pax_headers = {} if time is None else {"mtime": time}
+            if number % 100 == 0:
+                folder = tarfile.TarInfo(f"./{number // 100}")
+                folder.type = tarfile.DIRTYPE
+                archive.addfile(folder)
+            archive.addfile(info, io.BytesIO(draw.randbytes(info.size)))
+    with tarfile.open(path) as archive:
+        expected = [(member.name, member.offset_data, member.size) for member in archive if member.isreg()]
+    with path.open("rb") as stream:
+        assert members(plain_members(stream)) == expected
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        b"-0000002000\0",
+        b"+0000000007\0",
+        b"0000_000_07\0",
+        b"          7\0",
+        b"000000000077",
+        b"\x80" + bytes(10) + b"\7",
+    ],
+)
+def test_odd_sizes_are_left_to_tarfile(size: bytes, tmp_path: Path) -> None:
+    path = Path(shard(tmp_path, ("a.txt", b"A cube."), ("b.txt", b"A ball."), format=tarfile.USTAR_FORMAT))
+    data = bytearray(path.read_bytes())
+    data[1024 + 124 : 1024 + 136] = size
+    data[1024 + 148 : 1024 + 156] = b" " * 8
+    data[1024 + 148 : 1024 + 156] = b"%06o\0 " % sum(data[1024 : 1024 + 512])
+    path.write_bytes(data)
+    with path.open("rb") as stream, pytest.raises((OddError, ValueError)):
+        members(plain_members(stream))
 
 
 def test_the_index_of_large_shards_is_kept(

@@ -49,7 +49,7 @@ class Pairs(Source):
 
     def __init__(self, folder: Path, find: ImageFolder) -> None:
         self._folder, self._find = folder, find
-        self._names = Texts(_pairs(folder))
+        self._names = Texts.of(name.encode(errors="surrogateescape") for name in _pairs(folder))
         if not len(self):
             raise RecordError(f"{folder}: holds no image; expected pairs such as a.jpg and a.txt")
 

@@ -15,14 +15,18 @@ from vlmzoo.data.sources.source import Source, checked
 
 
 class Texts:
-    """Many texts as one piece of memory and where each of them ends."""
+    """Many texts as one piece of memory, and where each of them begins and the last one ends."""
 
-    def __init__(self, texts: Iterable[str]) -> None:
-        memory, ends = bytearray(), array("q", [0])
+    def __init__(self, memory: np.ndarray, bounds: np.ndarray) -> None:
+        self.memory, self.bounds = memory, bounds
+
+    @classmethod
+    def of(cls, texts: Iterable[bytes]) -> Texts:
+        memory, bounds = bytearray(), array("q", [0])
         for text in texts:
-            memory += text.encode("utf-8", errors="surrogateescape")
-            ends.append(len(memory))
-        self.memory, self.bounds = np.frombuffer(bytes(memory), np.uint8), np.frombuffer(ends, np.int64)
+            memory += text
+            bounds.append(len(memory))
+        return cls(np.frombuffer(bytes(memory), np.uint8), np.frombuffer(bounds, np.int64))
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -51,7 +55,7 @@ class PackedSource(Source):
         fingerprint: Callable[[], dict[str, Any]],
     ) -> None:
         self._name, self._find, self._fingerprint = name, find, fingerprint
-        self._values = Texts(json.dumps(value) for value in values)
+        self._values = Texts.of(json.dumps(value).encode() for value in values)
         if not len(self):
             raise RecordError(f"{name}: holds no record; expected at least one")
 

@@ -9,61 +9,82 @@ from typing import BinaryIO
 import numpy as np
 
 BLOCK = tarfile.BLOCKSIZE
+NAME, SIZE, PREFIX = 100, slice(124, 135), 345  # where these stand in a header; the name at its beginning
+FILE, OLD_FILE, FOLDER, EXTENDED = b"0\x005x"  # types of members
 HEADERS = 1024  # checked at once
 NEAR, FAR = 1 << 18, 1 << 12  # bytes read at once where members are small, and where they are not
 SMALL = 1 << 13  # bytes of a member, on average
 
-Member = tuple[str, int, int]  # name, first byte, bytes
+Members = tuple[list[bytes], list[int], list[int]]
+"""One member or several in their order: their names, first bytes and numbers of bytes."""
 
 
 class OddError(ValueError):
     """A header that is not a plain one."""
 
 
-def plain_members(stream: BinaryIO) -> Iterator[Member]:
-    """The files of an archive in their order, without an object for each: ten times as fast as `tarfile`.
+def plain_members(stream: BinaryIO) -> Iterator[Members]:
+    """The files of an archive, without an object for each: twenty times as fast as `tarfile`.
 
     Raises:
         OddError: a header that says more than a name and a size, or a damaged one: ask `any_members`.
         ValueError: the archive is cut short.
     """
-    end, at = stream.seek(0, 2), 0
-    headers: list[bytes] = []
-    starts: list[int] = []
-    sizes: list[int] = []
-    begin, read, found = 0, b"", 0
+    end, at, found = stream.seek(0, 2), 0, 0
+    headers: list[np.ndarray] = []
+    places: list[int] = []
     while True:
-        if at + BLOCK > begin + len(read):
-            begin = stream.seek(at)
-            read = stream.read(NEAR if at <= found * SMALL else FAR)
-        header = read[at - begin : at - begin + BLOCK]
-        if len(header) < BLOCK:
+        stream.seek(at)
+        read = stream.read(NEAR if at <= found * SMALL else FAR)
+        if len(read) < BLOCK:
             raise ValueError(f"ends at byte {end}, before its last block")
-        found += 1
-        if header[0] == 0 and header.count(0) == BLOCK:
-            _check_end(stream, at)
-            break
-        size, kind, start = _octal(header[124:136]), header[156], at + BLOCK
-        if start + size > end:
-            raise ValueError(f"ends before byte {start + size}")
-        if kind == 120:  # `x`, of what comes next: a time alone changes nothing here
-            stream.seek(start)
-            said = stream.read(size)
-            if any(word in said for word in (b" path=", b" size=", b" GNU.")):
+        blocks, behind = _header_blocks(read)
+        last = blocks[-1] * BLOCK
+        ended = read.count(0, last, last + BLOCK) == BLOCK
+        if ended:
+            blocks.pop()
+        elif behind == blocks[-1]:
+            raise OddError("number")
+        headers.append(np.frombuffer(read, np.uint8, len(read) // BLOCK * BLOCK).reshape(-1, BLOCK)[blocks])
+        places += [at + block * BLOCK for block in blocks]
+        found += len(blocks)
+        if places and (ended or len(places) >= HEADERS):
+            if (members := _checked(np.concatenate(headers), places, end))[0]:
+                yield members
+            headers, places = [], []
+        if ended:
+            _check_end(stream, at + last)
+            return
+        at += behind * BLOCK
+
+
+def _header_blocks(read: bytes) -> tuple[list[int], int]:
+    """Which blocks are headers, where the first one is, and which block is next, beyond those that were read.
+
+    The last of them is that next one itself where no number says how long its member is.
+    """
+    blocks, block, number = [], 0, len(read) // BLOCK
+    while block < number:
+        place = block * BLOCK
+        try:
+            size = int(read[place + SIZE.start : place + SIZE.stop], 8)
+        except ValueError:
+            size = -1
+        if size < 0:
+            return [*blocks, block], block
+        if read[place + 156] == EXTENDED:
+            behind = place + BLOCK + size
+            if behind > len(read) and blocks:
+                break
+            said = read[place + BLOCK : behind]  # a time alone changes nothing here
+            if behind > len(read) or any(word in said for word in (b" path=", b" size=", b" GNU.")):
                 raise OddError("extended header")
-        elif kind not in (0, 48, 53):  # a file; 53: a folder
-            raise OddError(f"type {kind}")
-        headers.append(header)
-        starts.append(start)
-        sizes.append(size)
-        if len(headers) == HEADERS:
-            yield from _checked(headers, starts, sizes)
-            headers, starts, sizes = [], [], []
-        at = start + (size + BLOCK - 1) // BLOCK * BLOCK
-    yield from _checked(headers, starts, sizes)
+        blocks.append(block)
+        block += 1 + (size + BLOCK - 1) // BLOCK
+    return blocks, block
 
 
-def any_members(stream: BinaryIO) -> Iterator[Member]:
+def any_members(stream: BinaryIO) -> Iterator[Members]:
     """The same of any archive that `tarfile` reads.
 
     Raises:
@@ -77,7 +98,7 @@ def any_members(stream: BinaryIO) -> Iterator[Member]:
             if member.isreg():
                 if member.offset_data + member.size > end:
                     raise ValueError(f"{member.name} ends behind the file")
-                yield member.name, member.offset_data, member.size
+                yield [member.name.encode(errors="surrogateescape")], [member.offset_data], [member.size]
         _check_end(stream, archive.offset)
 
 
@@ -92,30 +113,51 @@ def _check_end(stream: BinaryIO, at: int) -> None:
         block = stream.read(1 << 20)
 
 
-def _checked(headers: list[bytes], starts: list[int], sizes: list[int]) -> Iterator[Member]:
-    """The members of these headers, whose checksums are right."""
-    values = np.frombuffer(b"".join(headers), np.uint8).reshape(-1, BLOCK)
-    sums = values.sum(1, dtype=np.int64) - values[:, 148:156].sum(1, dtype=np.int64) + 8 * ord(" ")
-    digits = values[:, 148:154].astype(np.int64) - ord("0")  # as nearly all writers have it; of others one by one
-    plain = ((digits >= 0) & (digits < 8)).all(1) & (values[:, 154:156] == (0, ord(" "))).all(1)
-    said = digits @ 8 ** np.arange(5, -1, -1)
-    for odd in np.flatnonzero(~plain).tolist():
-        said[odd] = _octal(headers[odd][148:156])
-    if (said != sums).any():
+def _checked(values: np.ndarray, places: list[int], end: int) -> Members:
+    """The members of these headers, if these are what they seem.
+
+    Raises:
+        OddError: a checksum that is wrong, or a field that `tarfile` reads in another way.
+        ValueError: the last member does not end before byte `end`.
+    """
+    sums = values.sum(1, dtype=np.uint32) - values[:, 148:156].sum(1, dtype=np.uint32) + 8 * ord(" ")
+    if (_octal(values[:, 148:154]) != sums).any() or (values[:, 154:156] > ord(" ")).any():
         raise OddError("checksum")
-    for header, start, size in zip(headers, starts, sizes, strict=True):
-        if header[156] not in (0, 48):
-            continue
-        name = header[:100].rstrip(b"\0")
-        if header[345]:  # the name's first part, where the format has one
-            if header[257:263] != b"ustar\0":
-                raise OddError("name")
-            name = header[345:500].rstrip(b"\0") + b"/" + name
-        yield name.decode("utf-8", errors="surrogateescape"), start, size
+    sizes = _octal(values[:, SIZE])
+    if ((values[:, SIZE.stop] != 0) & (values[:, SIZE.stop] != ord(" "))).any():
+        raise OddError("number")
+    if (ends := places[-1] + BLOCK + int(sizes[-1])) > end:
+        raise ValueError(f"ends before byte {ends}")
+    kinds = values[:, 156]
+    kept = (kinds == FILE) | (kinds == OLD_FILE)
+    if (odd := kinds[~kept & (kinds != FOLDER) & (kinds != EXTENDED)]).size:
+        raise OddError(f"type {odd[0]}")
+    starts = np.array(places) + BLOCK
+    if not kept.all():
+        values, starts, sizes = values[kept], starts[kept], sizes[kept]
+    return _names(values), starts.tolist(), sizes.tolist()
 
 
-def _octal(digits: bytes) -> int:
-    try:
-        return int(digits.strip(b"\0 "), 8)
-    except ValueError:
-        raise OddError("number") from None
+def _names(values: np.ndarray) -> list[bytes]:
+    names = np.ascontiguousarray(values[:, :NAME])
+    if ((names[:, :-1] == 0) & (names[:, 1:] != 0)).any():  # letters behind its end
+        raise OddError("name")
+    found = names.view(f"S{NAME}")[:, 0].tolist()
+    for row in np.flatnonzero(values[:, PREFIX]).tolist():  # the name's first part, where the format has one
+        header = values[row].tobytes()
+        if header[257:263] != b"ustar\0":
+            raise OddError("name")
+        found[row] = header[PREFIX:500].rstrip(b"\0") + b"/" + found[row]
+    return found
+
+
+def _octal(digits: np.ndarray) -> np.ndarray:
+    """The numbers in rows of octal digits.
+
+    Raises:
+        OddError: other characters.
+    """
+    values = digits.astype(np.int64) - ord("0")
+    if ((values < 0) | (values > 7)).any():
+        raise OddError("number")
+    return values @ 8 ** np.arange(digits.shape[1] - 1, -1, -1)

@@ -7,9 +7,10 @@ import json
 import re
 import tarfile
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ from vlmzoo.data.sources.llava import LARGE
 from vlmzoo.data.sources.packed import Texts, caption
 from vlmzoo.data.sources.parquet import matching
 from vlmzoo.data.sources.source import Source, checked, file_ends, files_fingerprint, unreadable
-from vlmzoo.data.sources.tar import Member, OddError, any_members, plain_members
+from vlmzoo.data.sources.tar import Members, OddError, any_members, plain_members
 from vlmzoo.data.storage import FilePart, Place, name_of, opened, read_range
 from vlmzoo.files import computed_once
 
-TALK, CAPTION, IMAGE = range(3)
+TALK, CAPTION, IMAGE, NOTHING = range(4)
 TEXTS = {"json": TALK, "txt": CAPTION}
 READERS = 8  # shards behind URLs that are looked through at once; on a disk one is as fast
 
@@ -54,8 +55,7 @@ class WebDataset(Source):
         self._starts, self._sizes, self._kinds = found["starts"], found["sizes"], found["kinds"]
         self._members = found["members"]  # where a record's end, (records + 1,)
         self._records = found["records"]  # where a shard's end
-        self._keys = Texts([])
-        self._keys.memory, self._keys.bounds = found["keys"], found["key_bounds"]
+        self._keys = Texts(found["keys"], found["key_bounds"])
         if not len(self):
             raise RecordError(f"{path}: holds no record; expected members such as 000.jpg and 000.txt")
 
@@ -163,40 +163,45 @@ def _shard_index(shard: Place) -> dict[str, np.ndarray]:
     raise AssertionError("any_members raises no OddError")
 
 
-def _packed(members: Iterable[Member]) -> dict[str, np.ndarray]:
-    starts, sizes, kinds, ends = array("q"), array("q"), array("B"), array("q")
-
-    def keys() -> Iterator[str]:
-        last = None
-        for name, start, size in members:
-            dot = name.find(".", name.rfind("/") + 1)
-            kind = None if dot < 0 else _kind(name[dot + 1 :])
-            if kind is None:
-                continue
-            key = name[:dot]
-            if key != last:
-                if last is not None:
-                    ends.append(len(starts))
-                yield key
-                last = key
-            starts.append(start)
-            sizes.append(size)
-            kinds.append(kind)
-        if last is not None:
-            ends.append(len(starts))
-
-    texts = Texts(keys())
+def _packed(found: Iterable[Members]) -> dict[str, np.ndarray]:
+    """The same of these members: those of one key that stand together make a record."""
+    starts, sizes, kinds, firsts = array("q"), array("q"), array("B"), array("q")
+    texts, lengths, last = bytearray(), array("q"), None
+    for names, *places in found:
+        keys, _, endings = zip(*(_split(name) if b"/" in name else name.partition(b".") for name in names), strict=True)
+        said = list(map(_kind, endings))
+        if NOTHING in said:
+            used = [kind != NOTHING for kind in said]
+            keys, said = list(compress(keys, used)), list(compress(said, used))
+            places = [list(compress(values, used)) for values in places]
+        new = [key != before for key, before in zip(keys, chain((last,), keys), strict=False)]
+        records = list(compress(keys, new))
+        texts += b"".join(records)
+        lengths.extend(map(len, records))
+        firsts.extend(np.flatnonzero(new) + len(starts))
+        starts.extend(places[0])
+        sizes.extend(places[1])
+        kinds.extend(said)
+        last = keys[-1] if keys else last
     return {
         "starts": np.array(starts, np.int64),
         "sizes": np.array(sizes, np.int64),
         "kinds": np.array(kinds, np.uint8),
-        "members": np.array(ends, np.int64),
-        "keys": texts.memory,
-        "key_bounds": texts.bounds[1:],
+        "members": np.append(firsts, len(starts)).astype(np.int64)[1:],
+        "keys": np.frombuffer(bytes(texts), np.uint8),
+        "key_bounds": np.cumsum(np.array(lengths, np.int64)),
     }
 
 
+def _split(name: bytes) -> tuple[bytes, bytes, bytes]:
+    """A name as what is before the first dot of its last part, the dot, and what is behind it."""
+    folder, slash, last = name.rpartition(b"/")
+    key, dot, ending = last.partition(b".")
+    return folder + slash + key, dot, ending
+
+
 @lru_cache  # a few endings, asked for by every member
-def _kind(ending: str) -> int | None:
-    """What a member with this ending is to its record; None: nothing."""
-    return IMAGE if f".{ending.lower()}".endswith(IMAGES) else TEXTS.get(ending)
+def _kind(ending: bytes) -> int:
+    """What a member with this ending is to its record."""
+    text = ending.decode(errors="replace").lower()
+    return IMAGE if f".{text}".endswith(IMAGES) else TEXTS.get(text, NOTHING)
