@@ -5,28 +5,27 @@ from __future__ import annotations
 import base64
 import io
 from html import escape
-from importlib import resources
-from string import Template
 
 from PIL import Image
 
-from vlmzoo import __version__
 from vlmzoo.inspection.terminal import counts
 from vlmzoo.inspection.view import Picture, Piece, View, title
+from vlmzoo.page import page
 
 WIDEST = 768  # pixels of a picture that no encoder has scaled
 
 
 def render(view: View) -> str:
     """The page as HTML."""
-    template = Template((resources.files("vlmzoo.inspection") / "inspect.html").read_text(encoding="utf-8"))
     data, builder = view.subject.data, view.subject.builder
     assert builder is not None
     facts = [f"template {builder.template.value}", f"max_length {view.max_length}"]
     if view.subject.processor is not None and any(picture.tiles is None for picture in view.pictures):
         facts.append(f"image_mode {data.image_mode}")
     refusal = f'<p class="warn">Training refuses it: {escape(view.refusal)}</p>' if view.refusal else ""
-    return template.substitute(
+    return page(
+        "vlmzoo.inspection",
+        "inspect.html",
         title=escape(view.record.id),
         where=escape(f"{title(view)} · {view.record.where}"),
         facts=escape(" · ".join(facts)),
@@ -35,7 +34,6 @@ def render(view: View) -> str:
         bar=_bar(view),
         tokens="".join(_token(piece) for piece in view.pieces),
         pictures=_pictures(view),
-        version=__version__,
     )
 
 

@@ -9,13 +9,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
-from importlib import resources
 from pathlib import Path
-from string import Template
 
-from vlmzoo import __version__
 from vlmzoo.instruct.annotations import Facts
 from vlmzoo.instruct.grounding import Turn
+from vlmzoo.page import page
 
 SHOWN = 4  # samples of each kind and reason
 MOST_REASONS = 12  # of which samples are shown
@@ -92,7 +90,6 @@ class Tally:
 
 def render(title: str, teacher: str, tally: Tally, images: Path | None) -> str:
     """The page as HTML."""
-    template = Template((resources.files("vlmzoo.instruct") / "report.html").read_text(encoding="utf-8"))
     share = f"{100 * tally.accepted / tally.total:.1f} %" if tally.total else "nothing"
     accepted = "".join(_card(sample, images) for kind in tally.kinds for sample in tally.samples.get((kind, None), ()))
     rejected = "".join(
@@ -102,7 +99,9 @@ def render(title: str, teacher: str, tally: Tally, images: Path | None) -> str:
         for reason in tally.reasons[:MOST_REASONS]
     )
     nothing = '<p class="note">None.</p>'
-    return template.substitute(
+    return page(
+        "vlmzoo.instruct",
+        "report.html",
         title=escape(title),
         facts=escape(
             f"{tally.total:,} answers of {teacher.split()[0]} · {tally.input_tokens:,} tokens read · "
@@ -114,7 +113,6 @@ def render(title: str, teacher: str, tally: Tally, images: Path | None) -> str:
         faults="".join(f"<li>{escape(line)}</li>" for line in tally.faults) or "<li>None.</li>",
         accepted=f'<div class="cards">{accepted}</div>' if accepted else nothing,
         rejected=rejected or nothing,
-        version=__version__,
     )
 
 

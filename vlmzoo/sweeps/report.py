@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from html import escape
-from importlib import resources
 from statistics import fmean
-from string import Template
 from typing import Any
 
-from vlmzoo import __version__
 from vlmzoo.config import SIGHT, SweepConfig, dump
 from vlmzoo.evaluation.metrics import exact_match
+from vlmzoo.page import page
 from vlmzoo.sweeps import charts
 from vlmzoo.sweeps.curves import curves
 from vlmzoo.sweeps.plan import Trial
@@ -39,12 +37,13 @@ def colours(trials: Sequence[Trial]) -> dict[str, int]:
 
 def render(title: str, study: SweepConfig, trials: Sequence[Trial], summary: Summary) -> str:
     """The page as HTML."""
-    template = Template((resources.files("vlmzoo.sweeps") / "report.html").read_text(encoding="utf-8"))
     rows = summary["rows"]
     connectors = [trial for trial in trials if not trial.is_baseline]
     number_of = colours(trials)
     nothing = '<p class="note">No trial has finished yet.</p>'
-    return template.substitute(
+    return page(
+        "vlmzoo.sweeps",
+        "report.html",
         title=escape(title),
         facts=_facts(trials),
         finding=_finding(summary),
@@ -59,7 +58,6 @@ def render(title: str, study: SweepConfig, trials: Sequence[Trial], summary: Sum
         samples=_samples(samples(trials), number_of) or nothing,
         stages=_stages(study),
         recipe=escape(dump(study)),
-        version=__version__,
     )
 
 
@@ -305,7 +303,7 @@ def _shade(values: Sequence[float], digits: int = 0) -> Callable[[float], str]:
 
     def cell(value: float) -> str:
         strength = 8 + 62 * (value - low) / span
-        style = f"background:color-mix(in srgb, var(--heat) {strength:.0f}%, var(--card))"
+        style = f"background:color-mix(in srgb, var(--good) {strength:.0f}%, var(--card))"
         return f'<td class="cell" style="{style}">{100 * value:.{digits}f}</td>'
 
     return cell
