@@ -92,6 +92,7 @@ def test_a_run_from_yaml_to_evaluated_checkpoint(
     assert manifest["data"] == {str(data): {"file": str(data), "sha256": digest}}
     assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["config_hash"] == result["config_hash"]
+    assert manifest["hardware"]["processor"].endswith(torch.backends.cpu.get_cpu_capability())
 
     for checkpoint in (out, out / "model"):
         assert main(["eval", str(checkpoint), "--task", "colours", "--json", "--out", str(tmp_path / "again")]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable
 from importlib.metadata import version
@@ -82,6 +83,7 @@ def hardware() -> dict[str, Any]:
     """The machine: processor, cores this process may use, memory in bytes, and the GPU where there is one."""
     found = {
         "machine": platform.machine(),
+        "processor": processor(),
         "system": platform.platform(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -90,3 +92,14 @@ def hardware() -> dict[str, Any]:
     if torch.cuda.is_available():
         found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     return found
+
+
+def processor() -> str:
+    """Make and model: another one may round in another order, so that a run is not the same to the last bit."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
+    except OSError:  # not Linux
+        return platform.processor()
+    said = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if ":" in line)
+    numbers = ", ".join(f"{name} {said[name]}" for name in ("cpu family", "model", "stepping") if name in said)
+    return f"{said.get('model name', platform.processor())} ({numbers}), {torch.backends.cpu.get_cpu_capability()}"
