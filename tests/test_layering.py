@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = [
-    {"registry", "files"},
+    {"registry", "files", "page"},
     {"connector", "config"},
     {"connectors", "vision", "language", "data", "world", "kernels"},
     {"build", "instruct"},

@@ -20,7 +20,10 @@ from vlmzoo.data.records import RecordError
 from vlmzoo.data.sources import llava, scan
 
 LINE_3 = "not valid JSON at line 3: Expecting value"
-TEXT = st.text(alphabet='\\"[]{},:Yy_\x7f\n é…', max_size=12)
+TEXT = st.text(alphabet='\\"[]{},:Yy_\x7f\n é…', max_size=12) | st.builds(
+    lambda before, number, after: before + "\\" * number + after,
+    *(st.text('a"', max_size=3), st.integers(0, 200), st.text('",')),
+)
 VALUE = st.recursive(
     st.none() | st.booleans() | st.integers() | TEXT,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
@@ -30,7 +33,7 @@ VALUE = st.recursive(
 
 @settings(max_examples=150, deadline=None)
 @given(values=st.lists(VALUE, min_size=1, max_size=6), indent=st.sampled_from([None, 1]), ascii=st.booleans())
-@pytest.mark.parametrize("chunk", [1, 7, 1 << 18])
+@pytest.mark.parametrize("chunk", [64, 192, 1 << 18])
 def test_the_scan_finds_what_parsing_finds(chunk: int, values: list[Any], indent: int | None, ascii: bool) -> None:
     data = (json.dumps(values, indent=indent, ensure_ascii=ascii) + "\n").encode()
     with pytest.MonkeyPatch.context() as patch:

@@ -37,7 +37,7 @@ def shard(folder: Path, *members: tuple[str, bytes], **options: Any) -> str:
 
 
 def members(found: Iterable[Members]) -> list[tuple[str, int, int]]:
-    return [(name.decode(), start, size) for part in found for name, start, size in zip(*part, strict=True)]
+    return [(name.decode(), int(start), int(size)) for part in found for name, start, size in zip(*part, strict=True)]
 
 
 def test_captions_and_metadata(tmp_path: Path) -> None:

@@ -11,12 +11,13 @@ import numpy as np
 BLOCK = tarfile.BLOCKSIZE
 NAME, SIZE, PREFIX = 100, slice(124, 135), 345  # where these stand in a header; the name at its beginning
 FILE, OLD_FILE, FOLDER, EXTENDED = b"0\x005x"  # types of members
+MAGIC = np.frombuffer(b"ustar", np.uint8)  # which stands at byte 257
 HEADERS = 1024  # checked at once
-NEAR, FAR = 1 << 18, 1 << 12  # bytes read at once where members are small, and where they are not
+NEAR, FAR = 1 << 19, 1 << 12  # bytes read at once where members are small, and where they are not
 SMALL = 1 << 13  # bytes of a member, on average
 
-Members = tuple[list[bytes], list[int], list[int]]
-"""One member or several in their order: their names, first bytes and numbers of bytes."""
+Members = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Some members in their order: their names as bytes (`S`), first bytes and numbers of bytes (int64)."""
 
 
 class OddError(ValueError):
@@ -32,56 +33,71 @@ def plain_members(stream: BinaryIO) -> Iterator[Members]:
     """
     end, at, found = stream.seek(0, 2), 0, 0
     headers: list[np.ndarray] = []
-    places: list[int] = []
+    places: list[np.ndarray] = []
+    held = 0
     while True:
         stream.seek(at)
         read = stream.read(NEAR if at <= found * SMALL else FAR)
         if len(read) < BLOCK:
             raise ValueError(f"ends at byte {end}, before its last block")
-        blocks, behind = _header_blocks(read)
-        last = blocks[-1] * BLOCK
-        ended = read.count(0, last, last + BLOCK) == BLOCK
-        if ended:
-            blocks.pop()
-        elif behind == blocks[-1]:
+        blocks = np.frombuffer(read, np.uint8, len(read) // BLOCK * BLOCK).reshape(-1, BLOCK)
+        rows, behind = _chained(blocks) or _one_by_one(read)
+        ended = not len(rows)
+        if ended and blocks[0].any():
             raise OddError("number")
-        headers.append(np.frombuffer(read, np.uint8, len(read) // BLOCK * BLOCK).reshape(-1, BLOCK)[blocks])
-        places += [at + block * BLOCK for block in blocks]
-        found += len(blocks)
-        if places and (ended or len(places) >= HEADERS):
-            if (members := _checked(np.concatenate(headers), places, end))[0]:
-                yield members
-            headers, places = [], []
+        headers.append(blocks[rows])
+        places.append(at + np.array(rows, np.int64) * BLOCK)
+        found, held = found + len(rows), held + len(rows)
+        if held and (ended or held >= HEADERS):
+            yield _checked(np.concatenate(headers), np.concatenate(places), end)
+            headers, places, held = [], [], 0
         if ended:
-            _check_end(stream, at + last)
+            _check_end(stream, at)
             return
         at += behind * BLOCK
 
 
-def _header_blocks(read: bytes) -> tuple[list[int], int]:
-    """Which blocks are headers, where the first one is, and which block is next, beyond those that were read.
+def _chained(blocks: np.ndarray) -> tuple[np.ndarray, int] | None:
+    """Which blocks are headers, where the first one is, and which one is next; None: it is not so plain.
 
-    The last of them is that next one itself where no number says how long its member is.
+    Blocks that say they are headers are taken to be all of them if each one's member ends where the next one stands.
     """
-    blocks, block, number = [], 0, len(read) // BLOCK
-    while block < number:
-        place = block * BLOCK
+    if len(blocks) * BLOCK <= FAR:
+        return None  # the first one may be the only one
+    rows = np.flatnonzero(blocks[:, 257] == MAGIC[0])
+    rows = rows[(blocks[:, 257:262][rows] == MAGIC).all(1)]
+    digits = blocks[:, SIZE][rows] - np.uint8(ord("0"))
+    if not len(rows) or rows[0] or (digits > 7).any() or (blocks[:, 156][rows] == EXTENDED).any():
+        return None
+    behind = rows + 1 + (_number(digits) + BLOCK - 1) // BLOCK
+    return (rows, int(behind[-1])) if (behind[:-1] == rows[1:]).all() else None
+
+
+def _one_by_one(read: bytes) -> tuple[list[int], int]:
+    """The same without that; no header before one that is none is left out.
+
+    Raises:
+        OddError: an extended header that says more of its member than a time or the like.
+    """
+    rows, row, number = [], 0, len(read) // BLOCK
+    while row < number:
+        place = row * BLOCK
         try:
             size = int(read[place + SIZE.start : place + SIZE.stop], 8)
         except ValueError:
-            size = -1
+            break
         if size < 0:
-            return [*blocks, block], block
+            break
         if read[place + 156] == EXTENDED:
             behind = place + BLOCK + size
-            if behind > len(read) and blocks:
+            if behind > len(read) and rows:
                 break
-            said = read[place + BLOCK : behind]  # a time alone changes nothing here
+            said = read[place + BLOCK : behind]
             if behind > len(read) or any(word in said for word in (b" path=", b" size=", b" GNU.")):
                 raise OddError("extended header")
-        blocks.append(block)
-        block += 1 + (size + BLOCK - 1) // BLOCK
-    return blocks, block
+        rows.append(row)
+        row += 1 + (size + BLOCK - 1) // BLOCK
+    return rows, row
 
 
 def any_members(stream: BinaryIO) -> Iterator[Members]:
@@ -93,13 +109,24 @@ def any_members(stream: BinaryIO) -> Iterator[Members]:
     """
     end = stream.seek(0, 2)
     stream.seek(0)
+    found: list[tuple[bytes, int, int]] = []
     with tarfile.open(fileobj=stream, mode="r:") as archive:
         for member in archive:
             if member.isreg():
                 if member.offset_data + member.size > end:
                     raise ValueError(f"{member.name} ends behind the file")
-                yield [member.name.encode(errors="surrogateescape")], [member.offset_data], [member.size]
+                found.append((member.name.encode(errors="surrogateescape"), member.offset_data, member.size))
+            if len(found) == HEADERS:
+                yield _members(found)
+                found = []
         _check_end(stream, archive.offset)
+    if found:
+        yield _members(found)
+
+
+def _members(found: list[tuple[bytes, int, int]]) -> Members:
+    names, starts, sizes = zip(*found, strict=True)
+    return np.array(names), np.array(starts, np.int64), np.array(sizes, np.int64)
 
 
 def _check_end(stream: BinaryIO, at: int) -> None:
@@ -113,42 +140,42 @@ def _check_end(stream: BinaryIO, at: int) -> None:
         block = stream.read(1 << 20)
 
 
-def _checked(values: np.ndarray, places: list[int], end: int) -> Members:
+def _checked(headers: np.ndarray, places: np.ndarray, end: int) -> Members:
     """The members of these headers, if these are what they seem.
 
     Raises:
         OddError: a checksum that is wrong, or a field that `tarfile` reads in another way.
         ValueError: the last member does not end before byte `end`.
     """
-    sums = values.sum(1, dtype=np.uint32) - values[:, 148:156].sum(1, dtype=np.uint32) + 8 * ord(" ")
-    if (_octal(values[:, 148:154]) != sums).any() or (values[:, 154:156] > ord(" ")).any():
+    sums = headers.sum(1, dtype=np.uint32) - headers[:, 148:156].sum(1, dtype=np.uint32) + 8 * ord(" ")
+    if (_octal(headers[:, 148:154]) != sums).any() or (headers[:, 154:156] > ord(" ")).any():
         raise OddError("checksum")
-    sizes = _octal(values[:, SIZE])
-    if ((values[:, SIZE.stop] != 0) & (values[:, SIZE.stop] != ord(" "))).any():
+    sizes, terminator = _octal(headers[:, SIZE]), headers[:, SIZE.stop]
+    if ((terminator != 0) & (terminator != ord(" "))).any():
         raise OddError("number")
-    if (ends := places[-1] + BLOCK + int(sizes[-1])) > end:
+    if (ends := int(places[-1] + BLOCK + sizes[-1])) > end:
         raise ValueError(f"ends before byte {ends}")
-    kinds = values[:, 156]
+    kinds = headers[:, 156]
     kept = (kinds == FILE) | (kinds == OLD_FILE)
     if (odd := kinds[~kept & (kinds != FOLDER) & (kinds != EXTENDED)]).size:
         raise OddError(f"type {odd[0]}")
-    starts = np.array(places) + BLOCK
-    if not kept.all():
-        values, starts, sizes = values[kept], starts[kept], sizes[kept]
-    return _names(values), starts.tolist(), sizes.tolist()
+    if kept.all():
+        return _names(headers), places + BLOCK, sizes
+    return _names(headers[kept]), places[kept] + BLOCK, sizes[kept]
 
 
-def _names(values: np.ndarray) -> list[bytes]:
-    names = np.ascontiguousarray(values[:, :NAME])
-    if ((names[:, :-1] == 0) & (names[:, 1:] != 0)).any():  # letters behind its end
+def _names(headers: np.ndarray) -> np.ndarray:
+    letters = np.ascontiguousarray(headers[:, :NAME])
+    if ((letters[:, :-1] == 0) & (letters[:, 1:] != 0)).any():  # behind its end
         raise OddError("name")
-    found = names.view(f"S{NAME}")[:, 0].tolist()
-    for row in np.flatnonzero(values[:, PREFIX]).tolist():  # the name's first part, where the format has one
-        header = values[row].tobytes()
-        if header[257:263] != b"ustar\0":
-            raise OddError("name")
-        found[row] = header[PREFIX:500].rstrip(b"\0") + b"/" + found[row]
-    return found
+    names = letters.view(f"S{NAME}")[:, 0]
+    if not headers[:, PREFIX].any():
+        return names
+    if (headers[:, 257:263] != np.frombuffer(b"ustar\0", np.uint8)).any():
+        raise OddError("name")
+    prefixes = np.ascontiguousarray(headers[:, PREFIX:500]).view(f"S{500 - PREFIX}")[:, 0]  # a name's first part
+    whole = np.char.add(np.char.add(prefixes, b"/"), names)
+    return np.where(prefixes != b"", whole, names)
 
 
 def _octal(digits: np.ndarray) -> np.ndarray:
@@ -157,7 +184,11 @@ def _octal(digits: np.ndarray) -> np.ndarray:
     Raises:
         OddError: other characters.
     """
-    values = digits.astype(np.int64) - ord("0")
-    if ((values < 0) | (values > 7)).any():
+    values = digits - np.uint8(ord("0"))
+    if (values > 7).any():
         raise OddError("number")
-    return values @ 8 ** np.arange(digits.shape[1] - 1, -1, -1)
+    return _number(values)
+
+
+def _number(digits: np.ndarray) -> np.ndarray:
+    return digits.astype(np.int64) @ 8 ** np.arange(digits.shape[1] - 1, -1, -1)

@@ -6,11 +6,9 @@ import hashlib
 import json
 import re
 import tarfile
-from array import array
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import chain, compress
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +25,8 @@ from vlmzoo.data.storage import FilePart, Place, name_of, opened, read_range
 from vlmzoo.files import computed_once
 
 TALK, CAPTION, IMAGE, NOTHING = range(4)
-TEXTS = {"json": TALK, "txt": CAPTION}
-READERS = 8  # shards behind URLs that are looked through at once; on a disk one is as fast
+TEXTS = {".json": TALK, ".txt": CAPTION}
+READERS, DISK_READERS = 8, 2  # shards that are looked through at once: behind URLs, where each waits, and on a disk
 
 
 class WebDataset(Source):
@@ -135,7 +133,7 @@ def braces(path: str) -> list[str]:
 
 def _index(shards: list[Place]) -> dict[str, np.ndarray]:
     """Where every member stands, which record has it, and what records are called; packed."""
-    with ThreadPoolExecutor(1 if isinstance(shards[0], Path) else READERS) as pool:
+    with ThreadPoolExecutor(DISK_READERS if isinstance(shards[0], Path) else READERS) as pool:
         parts = list(pool.map(_shard_index, shards))
     found = {name: np.concatenate([part[name] for part in parts]) for name in ("starts", "sizes", "kinds", "keys")}
     found["records"] = np.cumsum([len(part["members"]) for part in parts])
@@ -165,43 +163,50 @@ def _shard_index(shard: Place) -> dict[str, np.ndarray]:
 
 def _packed(found: Iterable[Members]) -> dict[str, np.ndarray]:
     """The same of these members: those of one key that stand together make a record."""
-    starts, sizes, kinds, firsts = array("q"), array("q"), array("B"), array("q")
-    texts, lengths, last = bytearray(), array("q"), None
-    for names, *places in found:
-        keys, _, endings = zip(*(_split(name) if b"/" in name else name.partition(b".") for name in names), strict=True)
-        said = list(map(_kind, endings))
-        if NOTHING in said:
-            used = [kind != NOTHING for kind in said]
-            keys, said = list(compress(keys, used)), list(compress(said, used))
-            places = [list(compress(values, used)) for values in places]
-        new = [key != before for key, before in zip(keys, chain((last,), keys), strict=False)]
-        records = list(compress(keys, new))
+    parts, texts = [(np.zeros(0, np.int64),) * 5], bytearray()
+    last, number = None, 0
+    for names, starts, sizes in found:
+        keys, kinds = _keys_and_kinds(names)
+        if not (used := kinds != NOTHING).all():
+            keys, kinds, starts, sizes = keys[used], kinds[used], starts[used], sizes[used]
+        if not len(keys):
+            continue
+        new = np.append(keys[0] != last, keys[1:] != keys[:-1])
+        records = keys[new].tolist()
         texts += b"".join(records)
-        lengths.extend(map(len, records))
-        firsts.extend(np.flatnonzero(new) + len(starts))
-        starts.extend(places[0])
-        sizes.extend(places[1])
-        kinds.extend(said)
-        last = keys[-1] if keys else last
+        parts.append((starts, sizes, kinds, np.flatnonzero(new) + number, np.array(list(map(len, records)))))
+        last, number = keys[-1], number + len(keys)
+    starts, sizes, kinds, firsts, lengths = map(np.concatenate, zip(*parts, strict=True))
     return {
-        "starts": np.array(starts, np.int64),
-        "sizes": np.array(sizes, np.int64),
-        "kinds": np.array(kinds, np.uint8),
-        "members": np.append(firsts, len(starts)).astype(np.int64)[1:],
+        "starts": starts,
+        "sizes": sizes,
+        "kinds": kinds.astype(np.uint8),
+        "members": np.append(firsts, number)[1:],
         "keys": np.frombuffer(bytes(texts), np.uint8),
-        "key_bounds": np.cumsum(np.array(lengths, np.int64)),
+        "key_bounds": np.cumsum(lengths),
     }
 
 
-def _split(name: bytes) -> tuple[bytes, bytes, bytes]:
-    """A name as what is before the first dot of its last part, the dot, and what is behind it."""
-    folder, slash, last = name.rpartition(b"/")
-    key, dot, ending = last.partition(b".")
-    return folder + slash + key, dot, ending
+def _keys_and_kinds(names: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each name what is before the first dot of its last part (`S`), and what a member is that is called so."""
+    width = names.itemsize
+    letters, columns = names.view(np.uint8).reshape(-1, width), np.arange(width, dtype=np.int32)
+    dots = letters == ord(".")
+    if (slashes := letters == ord("/")).any():
+        behind = width - slashes[:, ::-1].argmax(1)
+        dots &= columns >= np.where(slashes.any(1), behind, 0)[:, None]
+    lengths = np.char.str_len(names)
+    dot = np.where(dots.any(1), dots.argmax(1), lengths).astype(np.int32)
+    longest = int((lengths - dot).max(initial=0))
+    places = dot[:, None] + np.arange(longest)
+    endings = np.take_along_axis(letters, np.minimum(places, width - 1), 1) * (places < width)
+    keys = letters * (columns < dot[:, None])
+    kinds = map(_kind, endings.view(f"S{longest}")[:, 0].tolist()) if longest else [NOTHING] * len(names)
+    return keys.view(f"S{width}")[:, 0], np.fromiter(kinds, np.uint8, len(names))
 
 
 @lru_cache  # a few endings, asked for by every member
 def _kind(ending: bytes) -> int:
-    """What a member with this ending is to its record."""
+    """What a member with this ending, from the dot on, is to its record."""
     text = ending.decode(errors="replace").lower()
-    return IMAGE if f".{text}".endswith(IMAGES) else TEXTS.get(text, NOTHING)
+    return IMAGE if text.endswith(IMAGES) else TEXTS.get(text, NOTHING)
