@@ -24,6 +24,7 @@ from vlmzoo.cli import main
 from vlmzoo.data.published import recipes
 from vlmzoo.data.published.fetch import fetch, verify
 from vlmzoo.data.published.recipes import recipe
+from vlmzoo.files import locked
 
 RECORDS = [
     {
@@ -224,6 +225,12 @@ def test_parts_are_had_one_by_one(add: object, hub: Hub, tmp_path: Path, capsys:
     assert main(["data", "verify", "parted", str(folder)]) == 1
     fetch(recipe("parted").of_parts(["a"]), folder)
     assert hub.asked == ["tiny/tiny: a/*.parquet"] * 2, "of several files only the hub knows what lacks"
+
+
+def test_two_at_once_do_not_write_one_file(add: object, hub: Hub, tmp_path: Path) -> None:
+    with locked(tmp_path / "set"), pytest.raises(ValueError, match="another process is working here"):
+        fetch(recipe("tiny"), tmp_path / "set")
+    assert hub.asked == []
 
 
 def test_without_a_network_one_line_says_so(

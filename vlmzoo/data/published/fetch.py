@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from vlmzoo.data.published.recipes import Recipe, RemoteFile
 from vlmzoo.data.sources.scan import json_lines, json_list
-from vlmzoo.files import sha256, whole_file, write_whole
+from vlmzoo.files import locked, sha256, whole_file, write_whole
 
 IMAGES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")
 
@@ -32,16 +32,18 @@ def fetch(recipe: Recipe, folder: Path) -> None:
     """Downloads and unpacks what is not there yet; called again, it goes on where it stopped.
 
     Raises:
-        ValueError: a file that cannot be had (without a network, for one), or an archive that is none.
+        ValueError: a file that cannot be had (without a network, for one), an archive that is none, or another process
+            fetches into the folder.
     """
-    for file in recipe.files:
-        if file.unpack is not None and _unpacked(folder, file).is_file():
-            continue
-        if "*" in file.path or not (folder / file.path).is_file():  # of several files the hub knows what lacks
-            _download(file, folder)
-        if file.unpack is not None:
-            _unpack(folder / file.path, folder / file.unpack)
-            write_whole(_unpacked(folder, file), "")
+    with locked(folder):
+        for file in recipe.files:
+            if file.unpack is not None and _unpacked(folder, file).is_file():
+                continue
+            if "*" in file.path or not (folder / file.path).is_file():  # of several files the hub knows what lacks
+                _download(file, folder)
+            if file.unpack is not None:
+                _unpack(folder / file.path, folder / file.unpack)
+                write_whole(_unpacked(folder, file), "")
 
 
 def verify(recipe: Recipe, folder: Path) -> Iterator[Verified]:
