@@ -253,7 +253,7 @@ def _read_by(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-mode", metavar="MODE", type=_one_of("image mode", "square", "pad", "native"))
     parser.add_argument("--max-length", metavar="N", type=int, help="tokens at which it is cut (default: 2048)")
     parser.add_argument("--limit", metavar="N", type=int, help="only the first so many records")
-    parser.add_argument("--stage", metavar="NAME", help="of a RUN.yaml, this stage's data alone")
+    parser.add_argument("--stage", metavar="NAME", help="of a RUN.yaml, this stage's data alone, or evaluation.TASK's")
     _plugin(parser)
 
 

@@ -31,7 +31,10 @@ def test_a_run_is_checked_by_its_yaml(capsys: pytest.CaptureFixture[str]) -> Non
     out = capsys.readouterr().out
     assert "align: 20 records" in out
     assert "finetune: 20 records" in out
+    assert "evaluation.world: 350 records" in out
     assert "max_length 512" in out
+    assert main(["data", "check", "experiments/quick.yaml", "--stage", "evaluation.world"]) == 0
+    assert "align" not in capsys.readouterr().out
 
 
 def test_inspect_prints_and_writes_a_page(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,7 +61,7 @@ def test_inspect_prints_and_writes_a_page(data: Path, capsys: pytest.CaptureFixt
         (["data", "check", "x.json", "--template", "vicuna"], "unknown template 'vicuna'"),
         (["data", "check", "x.json", "--workers", "0"], "--workers: expected at least 1, got 0"),
         (["data", "check", "x.json", "--max-length", "0"], "'max_length': expected at least 1, got 0"),
-        (["data", "check", "experiments/quick.yaml", "--fixed", "y"], "a run has 2 data sets; name one by --stage"),
+        (["data", "check", "experiments/quick.yaml", "--fixed", "y"], "a run has 3 data sets; name one by --stage"),
         (["inspect", "world:captions", "--limit", "2"], "expected --llm"),
         (["inspect", "x.json", "--id", "a", "--index", "1"], "--id: --index was given too"),
     ],

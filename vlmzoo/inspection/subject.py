@@ -25,7 +25,7 @@ from vlmzoo.registry import unknown
 class Subject:
     """A data set as one model reads it."""
 
-    name: str  # of the stage, or the data set's path
+    name: str  # of the stage or evaluation, or the data set's path
     data: DataConfig
     builder: SampleBuilder | None = None  # None: no tokenizer is named, and no token counted
     processor: VisionLanguageProcessor | None = None  # None: no encoder is named, and an image is one token
@@ -69,18 +69,23 @@ def is_run(path: str) -> bool:
 
 
 def of_run(file: Path, overrides: Sequence[str] = (), stage: str | None = None) -> list[Subject]:
-    """The data of a run's stages, or of one of them, with the run's own tokenizer, template and visual tokens.
+    """The data of a run's stages and evaluations, or of one, with the run's own tokenizer, template and visual tokens.
+
+    Args:
+        stage: a stage's name, or `evaluation.NAME`.
 
     Raises:
         ValueError: what `load` refuses, a stage that is not there, parts that do not fit one another.
     """
     run = build.resolve(load(RunConfig, file, overrides))
-    if stage is not None and stage not in run.stages:
-        raise unknown("stage", stage, run.stages)
+    found = {name: stage.data for name, stage in run.stages.items()}
+    found |= {f"evaluation.{name}": task.data for name, task in run.evaluation.items()}
+    if stage is not None and stage not in found:
+        raise unknown("stage", stage, found)
     processor = _processor(run.encoder, run.connector, run.llm)
     return [
-        Subject(name, found.data, processor.sample_builder(found.data), processor, run.sees)
-        for name, found in run.stages.items()
+        Subject(name, data, processor.sample_builder(data), processor, run.sees)
+        for name, data in found.items()
         if stage in (None, name)
     ]
 
