@@ -19,6 +19,19 @@ def test_every_mode_becomes_rgb(tmp_path: Path) -> None:
         assert (image.mode, image.size) == ("RGB", (6, 4))
 
 
+@pytest.mark.filterwarnings("error")
+def test_broken_tags_of_a_sound_image_are_not_told_of(tmp_path: Path) -> None:
+    exif, file = Image.Exif(), tmp_path / "a.jpg"
+    exif[0x010E] = "a description of some length"
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(file, exif=exif.tobytes())
+    data = bytearray(file.read_bytes())
+    data[data.find(b"Exif") + 20] = 255  # the length of the text
+    file.write_bytes(data)
+    with pytest.warns(UserWarning), Image.open(file):
+        pass
+    assert load_image(file).size == (8, 8)
+
+
 def test_truncated_files_name_the_record(image_folder: Path) -> None:
     for name in ("a.png", "sub/b.jpg"):
         path = image_folder / name

@@ -81,6 +81,7 @@ def _opened(path: ImageFile, where: str, max_pixels: int) -> Iterator[Image.Imag
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own cap is below
+            warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")  # broken EXIF tags are no pixels
             image = Image.open(path if isinstance(path, Path) else io.BytesIO(path.read()))
         with image:
             width, height = image.size
