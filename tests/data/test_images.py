@@ -27,7 +27,7 @@ def test_broken_tags_of_a_sound_image_are_not_told_of(tmp_path: Path) -> None:
     data = bytearray(file.read_bytes())
     data[data.find(b"Exif") + 20] = 255  # the length of the text
     file.write_bytes(data)
-    with pytest.warns(UserWarning), Image.open(file):
+    with pytest.warns(UserWarning, match="larger than file|EXIF"), Image.open(file):
         pass
     assert load_image(file).size == (8, 8)
 
