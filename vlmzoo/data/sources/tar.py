@@ -25,7 +25,7 @@ class OddError(ValueError):
 
 
 def plain_members(stream: BinaryIO) -> Iterator[Members]:
-    """The files of an archive, without an object for each: twenty times as fast as `tarfile`.
+    """The files of an archive, without an object for each: thirty times as fast as `tarfile`.
 
     Raises:
         OddError: a header that says more than a name and a size, or a damaged one: ask `any_members`.
