@@ -27,9 +27,10 @@ class Duplicates:
         Args:
             most: how many texts will be kept at most.
         """
-        from datasketch import MinHashLSH
+        from datasketch import MinHash, MinHashLSH
 
         self._new_index = lambda: MinHashLSH(threshold=THRESHOLD, num_perm=PERMUTATIONS)
+        self._empty = MinHash(num_perm=PERMUTATIONS)  # copied: drawing its permutations takes as long as the rest
         self._table = np.zeros(2 * most + 1, np.uint64)  # open addressing; 0: free
         self._recent: list[tuple[Any, dict[int, Any]]] = [(self._new_index(), {}), (self._new_index(), {})]
 
@@ -39,7 +40,8 @@ class Duplicates:
         place, value = self._find(" ".join(told))
         if self._table[place] == value:
             return "duplicate"
-        signature = _signature(told)
+        signature = self._empty.copy()
+        signature.update_batch(_runs(told))
         for index, kept in self._recent:
             if any(kept[key].jaccard(signature) >= THRESHOLD for key in index.query(signature)):
                 return "near_duplicate"
@@ -60,10 +62,5 @@ class Duplicates:
         return place, value
 
 
-def _signature(told: list[str]) -> Any:
-    from datasketch import MinHash
-
-    runs = {" ".join(told[at : at + RUN]).encode() for at in range(max(1, len(told) - RUN + 1))}
-    signature = MinHash(num_perm=PERMUTATIONS)
-    signature.update_batch(sorted(runs))
-    return signature
+def _runs(told: list[str]) -> list[bytes]:
+    return sorted({" ".join(told[at : at + RUN]).encode() for at in range(max(1, len(told) - RUN + 1))})

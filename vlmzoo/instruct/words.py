@@ -176,13 +176,15 @@ class Vocabulary:
                 self._names[tuple(words(plural(name)))] = category, True, name == noun
                 self._names[tuple(words(name))] = category, plural(name) == name, name == noun
         self._names.pop((), None)
-        self._longest = max(map(len, self._names))
+        self._longest: dict[str, int] = {}  # by a name's first word: in words
+        for name in self._names:
+            self._longest[name[0]] = max(len(name), self._longest.get(name[0], 0))
 
     def mentions(self, told: list[str]) -> list[Mention]:
         """The objects that a text's words name, the longest name first: a hot dog is no dog."""
         found, at = [], 0
         while at < len(told):
-            for length in range(min(self._longest, len(told) - at), 0, -1):
+            for length in range(min(self._longest.get(told[at], 0), len(told) - at), 0, -1):
                 named = self._names.get(tuple(told[at : at + length]))
                 if named is not None and self._is_object(told, at, length):
                     category, many, whole = named
