@@ -14,9 +14,11 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from threading import RLock
 from types import FrameType
 
 import pytest
+from tqdm import tqdm
 
 from tests.instruct import coco
 from tests.instruct.server import Reply, completion, serving, turns
@@ -35,6 +37,7 @@ def forked(arguments: list[str], before: Callable[[], None] = lambda: None) -> i
     try:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
+        tqdm.set_lock(RLock())  # its own is shared with forks: one that is killed holding it would stop all others
         before()
         os._exit(main(arguments))
     except BaseException:

@@ -13,8 +13,11 @@ import signal
 import sys
 from functools import wraps
 from pathlib import Path
+from threading import RLock
 from types import FrameType
 from typing import Any
+
+from tqdm import tqdm
 
 from vlmzoo.config import RunConfig, load
 from vlmzoo.sweeps.trial import run_trial
@@ -35,6 +38,7 @@ def train(config: Path, out: Path, mark: int, calls: int) -> bool:
         if status and not killed:
             sys.exit(f"a run ended with status {status}")
         return not killed
+    tqdm.set_lock(RLock())  # its own is shared with forks: one that is killed holding it would stop all others
     marks = seen = 0
 
     def count(frame: FrameType, event: str, argument: Any) -> None:
