@@ -33,7 +33,7 @@ VALUE = st.recursive(
 
 @settings(max_examples=150, deadline=None)
 @given(values=st.lists(VALUE, min_size=1, max_size=6), indent=st.sampled_from([None, 1]), ascii=st.booleans())
-@pytest.mark.parametrize("chunk", [64, 192, 1 << 18])
+@pytest.mark.parametrize("chunk", [1, 7, 64, 192, 1 << 18])
 def test_the_scan_finds_what_parsing_finds(chunk: int, values: list[Any], indent: int | None, ascii: bool) -> None:
     data = (json.dumps(values, indent=indent, ensure_ascii=ascii) + "\n").encode()
     with pytest.MonkeyPatch.context() as patch:

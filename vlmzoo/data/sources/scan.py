@@ -76,13 +76,15 @@ def _outside_texts(file: Place) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     mask, other, masked = np.empty(CHUNK, bool), np.empty(CHUNK, bool), np.empty(CHUNK, np.uint8)
     inside = escaped = np.uint64(0)  # whether the byte that comes next is
     for start, chunk in _chunks(file):
-        if rest := -len(chunk) % WORD:  # the last one
+        if rest := -len(chunk) % WORD:  # the last one, or a read that gave less than it was asked for
             chunk = np.append(chunk, np.zeros(rest, np.uint8))
         size = len(chunk)
         quotes = _bits(np.equal(chunk, QUOTE, out=mask[:size]))
         slashes = _bits(np.equal(chunk, BACKSLASH, out=mask[:size]))
         if escaped or slashes.any():
             behind, escaped = _escaped(slashes, escaped)
+            if rest:
+                escaped = (behind[-1] >> np.uint64(WORD - rest)) & ONE
             quotes &= ~behind
         texts, inside = _inside(quotes, inside)
         np.equal(np.bitwise_and(chunk, 0xD9, out=masked[:size]), 0x59, out=other[:size])
