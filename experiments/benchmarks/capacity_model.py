@@ -22,6 +22,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from vlmzoo.sweeps.costs import unweighted
+from vlmzoo.training.recompute import recomputed
 from vlmzoo.training.run import flop_counter
 
 CONNECTORS = ("mlp", "c_abstractor", "perceiver", "qformer", "gated_cross_attention")
@@ -120,6 +121,7 @@ class Count:
     forward: int  # FLOPs
     backward: int
     kept: int  # bytes for the backward pass, weights and their copies left out
+    given_back: int  # of these, what the trainer computes again where it does not checkpoint
     parameters: int
 
 
@@ -128,11 +130,12 @@ def count(module: nn.Module, run: Callable[[], Tensor], *, backward: bool = True
     weights = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
     copies = {shape for p in module.parameters() for shape in (p.shape, p.shape[::-1]) if autocast and p.ndim == 2}
     kept: dict[int, int] = {}
+    again: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in weights and tensor.shape not in copies:
-            kept[storage._cdata] = storage.nbytes()
+            (again if recomputed(tensor) else kept)[storage._cdata] = storage.nbytes()
         return tensor
 
     held: list[Tensor] = []  # storages must not be freed and their numbers used again
@@ -147,7 +150,8 @@ def count(module: nn.Module, run: Callable[[], Tensor], *, backward: bool = True
             output.float().sum().backward()
         total = counter.get_total_flops()
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    return Count(forward, total - forward, sum(kept.values()), parameters)
+    given_back = sum(size for key, size in again.items() if key not in kept)
+    return Count(forward, total - forward, sum(kept.values()) + given_back, given_back, parameters)
 
 
 @lru_cache
@@ -191,7 +195,11 @@ def decoder_layer(llm: Llm, length: int, trained: bool) -> Count:
         return int(square * length**2 + (Fraction(a, 256) - square * 256) * length)
 
     return Count(
-        at(short.forward, long.forward), at(short.backward, long.backward), at(short.kept, long.kept), short.parameters
+        at(short.forward, long.forward),
+        at(short.backward, long.backward),
+        at(short.kept, long.kept),
+        at(short.given_back, long.given_back),
+        short.parameters,
     )
 
 
@@ -289,9 +297,10 @@ def activations(stage: Stage, name: str, llm: Llm, *, checkpointing: bool = True
     part, slots = connector(name, llm, stage.text)
     length = slots + stage.text
     trained = stage.trains_llm and not lora
-    layer = decoder_layer(llm, length, trained).kept
+    layer = decoder_layer(llm, length, trained)
     hidden = length * llm.dim * (4 if trained else 2)  # between two layers: float32 under autocast
-    llm_bytes = llm.layers * hidden + layer if checkpointing else llm.layers * layer
+    kept = layer.kept - layer.given_back
+    llm_bytes = llm.layers * hidden + layer.kept if checkpointing else llm.layers * kept
     logits = 3 * 4 * VOCABULARY * stage.targets * stage.text  # float32: them, their softmax, their gradient
     return micro_batch(stage, name, llm) * (llm_bytes + logits + part.kept)
 

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from vlmzoo.config import RunConfig, StageConfig, config_hash, parse
 from vlmzoo.data.images import ImageError
 from vlmzoo.data.order import batches
 from vlmzoo.data.prefetch import prefetched
+from vlmzoo.language.layers import decoder_layers
 from vlmzoo.model import VisionLanguageModel
 from vlmzoo.samples import SampleSet
 from vlmzoo.sweeps.trial import new_model, run_trial
@@ -372,6 +374,26 @@ def test_compiled_layers_give_the_same_run(
     assert len(traced) == 3
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_what_an_elementwise_operation_gives_back_is_not_kept(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = build.resolve(parse(RunConfig, values))
+    model, processor = new_model(run)
+    data = SampleSet(model, processor, run.stages["finetune"].data)
+    engine = engine_of(model, run.stages["finetune"], run)
+    gates: list[weakref.ref[Any]] = []
+    layers: Any = decoder_layers(model.language)
+    for layer in layers:
+        layer.mlp.act_fn.register_forward_hook(
+            lambda module, args, output: gates.append(weakref.ref(output.untyped_storage()))
+        )
+    kept: list[int] = []
+    monkeypatch.setattr(engine, "differentiate", lambda *_: kept.append(sum(gate() is not None for gate in gates)))
+    engine.backward(data.to_device(data.on_host(data.samples([0, 4]))), 3, last=True)
+    assert len(gates) == len(layers)
+    assert kept == [0]
 
 
 @pytest.mark.parametrize("llm", ["llama", "qwen2_vl_text"])

@@ -22,6 +22,7 @@ from vlmzoo.processor import Layouts
 from vlmzoo.training import adapters, checkpoint
 from vlmzoo.training.measures import fetched, part_norms
 from vlmzoo.training.processes import Processes
+from vlmzoo.training.recompute import elementwise_recomputed
 from vlmzoo.training.stages import make_optimizer, trains
 
 
@@ -53,7 +54,8 @@ class Engine:
         """This batch's share of the step's loss, in double precision; its gradients are added to those so far."""
         with self.together(last):
             device = self.processes.device.type
-            with torch.autocast(device, torch.bfloat16, enabled=self.run.dtype == "bfloat16"):
+            half = torch.autocast(device, torch.bfloat16, enabled=self.run.dtype == "bfloat16")
+            with half, elementwise_recomputed():
                 loss = self.module(**batch, num_items_in_batch=num_targets).loss
             if loss.requires_grad:  # not where all is frozen that text alone would reach
                 self.differentiate(loss, last)
