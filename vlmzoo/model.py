@@ -30,6 +30,7 @@ from vlmzoo.connector import (
 )
 from vlmzoo.data.layout import BatchLayout
 from vlmzoo.language.layers import ARGUMENT, InLLMCall, attach, check_reached, take_rows
+from vlmzoo.language.loss import summed_cross_entropy
 from vlmzoo.language.masks import block_masks, prefix_blocks
 from vlmzoo.language.packing import Packing
 from vlmzoo.language.positions import grid_offsets, has_axes, on_grids, token_grids
@@ -485,7 +486,7 @@ def _cast(features: FeatureMap, dtype: torch.dtype, device: torch.device) -> Fea
 
 
 def _loss(logits: Tensor, labels: Tensor, num_items: int | Tensor | None) -> Tensor:
-    total = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum")
+    total = summed_cross_entropy(logits.flatten(0, 1), labels)
     return total / (num_items if num_items is not None else len(labels))
 
 

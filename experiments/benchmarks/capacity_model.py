@@ -301,7 +301,7 @@ def activations(stage: Stage, name: str, llm: Llm, *, checkpointing: bool = True
     hidden = length * llm.dim * (4 if trained else 2)  # between two layers: float32 under autocast
     kept = layer.kept - layer.given_back
     llm_bytes = llm.layers * hidden + layer.kept if checkpointing else llm.layers * kept
-    logits = 3 * 4 * VOCABULARY * stage.targets * stage.text  # float32: them, their softmax, their gradient
+    logits = (2 + 4 + 2) * VOCABULARY * stage.targets * stage.text  # them; their softmax, in float32; their gradient
     return micro_batch(stage, name, llm) * (llm_bytes + logits + part.kept)
 
 
