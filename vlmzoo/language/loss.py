@@ -1,4 +1,4 @@
-"""Cross-entropy that makes one tensor like the logits, its gradient, where PyTorch's makes three."""
+"""Cross-entropy that holds one tensor like the logits beside them at a time, where PyTorch's holds three."""
 
 from __future__ import annotations
 
