@@ -15,6 +15,8 @@ from vlmzoo.files import StoredBytes
 Place = Path | str
 """A path on this machine, or a URL of one of fsspec's file systems."""
 
+READERS, DISK_READERS = 8, 2  # threads that read at once: behind URLs, where each waits, and on a disk
+
 
 def place(text: str) -> Place:
     """The path or URL that a text names; `file://` names a path."""
@@ -45,6 +47,11 @@ def file_system(url: str) -> tuple[Any, str]:
         return url_to_fs(url)
     except (ValueError, ImportError) as error:
         raise OSError(str(error).partition("\n")[0]) from None
+
+
+def readers(file: Place) -> int:
+    """How many threads read at once where this file is."""
+    return DISK_READERS if isinstance(file, Path) else READERS
 
 
 def opened(file: Place) -> BinaryIO:

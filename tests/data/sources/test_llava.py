@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,15 +37,41 @@ VALUE = st.recursive(
 def test_the_scan_finds_what_parsing_finds(chunk: int, values: list[Any], indent: int | None, ascii: bool) -> None:
     data = (json.dumps(values, indent=indent, ensure_ascii=ascii) + "\n").encode()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scan, "_chunks", lambda file: chunks(data, chunk))
+        patch.setattr(scan, "opened", lambda file: Slow(data, chunk))
         bounds, end = scan.json_list(Path("data.json"))
     assert data[end - 1 :] == b"]\n"
     assert bounds[-1] == end
     assert [json.loads(data[a : b - 1]) for a, b in itertools.pairwise(bounds)] == values
 
 
-def chunks(data: bytes, size: int) -> Any:
-    return ((at, np.frombuffer(data[at : at + size], np.uint8)) for at in range(0, len(data), size))
+@settings(max_examples=150, deadline=None)
+@given(
+    values=st.lists(VALUE, min_size=1, max_size=6), size=st.integers(1, 40), tail=st.sampled_from(["", "]", '}}, "'])
+)
+@pytest.mark.parametrize("between", [scan.BETWEEN.pattern, rb"[^\0]"])
+def test_parts_of_a_list_find_what_the_whole_finds(between: bytes, values: list[Any], size: int, tail: str) -> None:
+    """Cut between objects, and cut anywhere: in texts, behind backslashes, behind the list."""
+    data = (json.dumps(values, ensure_ascii=False) + tail).encode()
+    found = []
+    for part in (1 << 27, size):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(scan, "opened", lambda file: Slow(data, 1 << 18))
+            patch.setattr(scan, "PART", part)
+            patch.setattr(scan, "BETWEEN", re.compile(between))
+            found.append(scan.json_list(Path("data.json")))
+    assert found[1][0].tolist() == found[0][0].tolist()
+    assert found[1][1] == found[0][1] == len(json.dumps(values, ensure_ascii=False).encode())
+
+
+class Slow(io.BytesIO):
+    """Gives less than it is asked for, as a stream may."""
+
+    def __init__(self, data: bytes, most: int) -> None:
+        super().__init__(data)
+        self._most = most
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(self._most if size is None or size < 0 else min(size, self._most))
 
 
 @pytest.mark.parametrize(

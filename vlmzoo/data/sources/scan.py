@@ -2,44 +2,60 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 
-from vlmzoo.data.storage import Place, opened, read_range
+from vlmzoo.data.storage import Place, opened, read_range, readers
 
 CHUNK = 1 << 18  # bytes, a multiple of WORD: what stays in a core's cache
+PART = 1 << 27  # bytes of a list that are looked through in one go
+BETWEEN = re.compile(rb'\}\s*,\s*\{\s*"')  # two objects, and hardly ever a text
 WORD = 64  # bytes, each of which is a bit of an integer
 QUOTE, COMMA, BACKSLASH, NEWLINE = b'",\\\n'
-OPENING, CLOSING = ord("[") & 15, ord("]") & 15  # of `{` and `}` too
+STEPS = np.zeros(256, np.int8)  # into a list or object, and out of it
+STEPS[list(b"[{")], STEPS[list(b"]}")] = 1, -1
 ONE, TOP, ODD = (np.uint64(value) for value in (1, WORD - 1, 0xAAAAAAAAAAAAAAAA))
 SHIFTS = [np.uint64(1 << power) for power in range(6)]
+
+
+State = tuple[np.uint64, np.uint64]
+"""Whether the byte that comes next is in a text, and whether a backslash stands before it that is not escaped."""
+
+OUTSIDE: State = (np.uint64(0), np.uint64(0))
 
 
 def json_list(file: Place) -> tuple[np.ndarray, int]:
     """The bounds of a list's elements, (elements + 1,), and the byte behind the list; -1: the file ends within it.
 
     Element i and the comma or bracket behind it are the bytes from bound i to bound i + 1. What stands between bounds
-    has yet to be parsed: commas inside no text, list or object of an element are all that is looked for. The file
-    begins with the list.
+    has yet to be parsed: commas inside no text, list or object of an element are all that is looked for. A file that
+    does not begin with a list has no bounds.
+
+    Parts of a large file are looked through side by side, each as if it began outside texts. One that does not, as the
+    part before it tells, is looked through again.
 
     Source: Langdale and Lemire, Parsing Gigabytes of JSON per Second (2019), section 3.1.
     """
-    bounds: list[np.ndarray] = []
-    depth = 0  # of the byte that comes next
-    for start, places, kinds in _outside_texts(file):
-        depths = depth + np.cumsum(((kinds & 15) == OPENING).astype(np.int64) - ((kinds & 15) == CLOSING))
-        depth = int(depths[-1]) if len(depths) else depth
-        ended = np.flatnonzero(depths <= 0)[:1]
-        end = int(ended[0]) + 1 if len(ended) else len(places)
-        if not bounds and end:
-            bounds.append(places[:1] + start + 1)
-        commas = (depths[:end] == 1) & (kinds[:end] == COMMA)
-        bounds.append(places[:end][commas] + start + 1)
-        if len(ended):
-            closed = start + int(places[end - 1]) + 1
-            return np.concatenate([*bounds, np.array([closed])]), closed
-    return np.concatenate(bounds or [np.zeros(0, np.int64)]), -1
+    cuts = _cuts(file)
+    bounds, depth, state = [np.array(cuts[:1], np.int64)], 0, OUTSIDE  # depth: within the list, of the byte that comes
+    with ThreadPoolExecutor(readers(file)) as pool:
+        pairs = list(itertools.pairwise(cuts))
+        for (start, stop), part in zip(pairs, pool.map(lambda pair: _part(file, *pair), pairs), strict=True):
+            if state != OUTSIDE:
+                part = _part(file, start, stop, state)
+            if depth <= len(part.falls):  # within the part it is 0
+                edges = np.concatenate([[start], part.falls, [stop]])[depth : depth + 2]
+                bounds.append(part.commas[slice(*np.searchsorted(part.commas, edges))] + 1)
+            if depth < len(part.falls):
+                closed = int(part.falls[depth]) + 1
+                return np.concatenate([*bounds, np.array([closed])]), closed
+            depth, state = depth + part.depth, part.state
+    return np.concatenate(bounds), -1
 
 
 def json_lines(file: Place) -> np.ndarray:
@@ -59,23 +75,70 @@ def json_lines(file: Place) -> np.ndarray:
     return np.append(bounds[~short], end)
 
 
-def _chunks(file: Place) -> Iterator[tuple[int, np.ndarray]]:
-    """Bytes of the file, chunk by chunk, and where each begins."""
-    start = 0
+def _cuts(file: Place) -> list[int]:
+    """Where the parts of a list begin, the first one behind the bracket, and where the file ends; []: no list."""
     with opened(file) as stream:
-        while data := stream.read(CHUNK):
+        size = stream.seek(0, 2)
+        stream.seek(0)
+        head = stream.read(CHUNK)
+        if not head.lstrip().startswith(b"["):
+            return []
+        cuts = {head.index(b"[") + 1, size}
+        for place in range(PART, size, PART):
+            stream.seek(place)
+            if found := BETWEEN.search(stream.read(CHUNK)):
+                cuts.add(place + found.start() + 1)
+    return sorted(cuts)
+
+
+@dataclass
+class _Part:
+    """What a part of a list tells; depths are counted from where it begins."""
+
+    commas: np.ndarray  # those at the lowest depth so far
+    falls: np.ndarray  # where the depth is -1 first, where -2, …
+    depth: int  # at the end
+    state: State  # behind it
+
+
+def _part(file: Place, start: int, stop: int, state: State = OUTSIDE) -> _Part:
+    commas, falls = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    depth = lowest = 0
+    for at, places, kinds, behind in _outside_texts(file, start, stop, state):
+        state = behind
+        if not len(places):
+            continue
+        depths = depth + np.cumsum(STEPS.take(kinds), dtype=np.int64)
+        if depths.min() < lowest:  # once in a while
+            lows = np.minimum(np.minimum.accumulate(depths), lowest)
+            falls.append(places[np.diff(lows, prepend=lowest) < 0] + at)
+        else:
+            lows = np.array([lowest])
+        commas.append(places[(depths == lows) & (kinds == COMMA)] + at)
+        depth, lowest = int(depths[-1]), int(lows[-1])
+    return _Part(np.concatenate(commas), np.concatenate(falls), depth, state)
+
+
+def _chunks(file: Place, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
+    """Bytes of the file, chunk by chunk, and where each begins."""
+    with opened(file) as stream:
+        stream.seek(start)
+        while data := stream.read(CHUNK if stop is None else min(CHUNK, stop - start)):
             yield start, np.frombuffer(data, np.uint8)
             start += len(data)
 
 
-def _outside_texts(file: Place) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Where each chunk of the file begins, and its brackets, braces and commas that no text holds: where, and which.
+def _outside_texts(
+    file: Place, start: int, stop: int, state: State
+) -> Iterator[tuple[int, np.ndarray, np.ndarray, State]]:
+    """Brackets, braces and commas of a part that no text holds, chunk by chunk.
 
-    Letters that look like them, `Y`, `_`, `y` and delete, are among them; outside texts valid JSON has none.
+    Yields where the chunk begins, where in it they are, which they are, and the state behind it. Letters that look like
+    them, `Y`, `_`, `y` and delete, are among them; outside texts valid JSON has none.
     """
     mask, other, masked = np.empty(CHUNK, bool), np.empty(CHUNK, bool), np.empty(CHUNK, np.uint8)
-    inside = escaped = np.uint64(0)  # whether the byte that comes next is
-    for start, chunk in _chunks(file):
+    inside, escaped = state
+    for at, chunk in _chunks(file, start, stop):
         if rest := -len(chunk) % WORD:  # the last one, or a read that gave less than it was asked for
             chunk = np.append(chunk, np.zeros(rest, np.uint8))
         size = len(chunk)
@@ -93,7 +156,7 @@ def _outside_texts(file: Place) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         some = np.flatnonzero(eights != 0)
         bits = np.flatnonzero(np.unpackbits(eights.take(some), bitorder="little"))
         places = some.take(bits >> 3) * 8 + (bits & 7)
-        yield start, places, chunk.take(places)
+        yield at, places, chunk.take(places), (inside, escaped)
 
 
 def _bits(mask: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ NAME, SIZE, PREFIX = 100, slice(124, 135), 345  # where these stand in a header;
 FILE, OLD_FILE, FOLDER, EXTENDED = b"0\x005x"  # types of members
 MAGIC = np.frombuffer(b"ustar", np.uint8)  # which stands at byte 257
 HEADERS = 1024  # checked at once
-NEAR, FAR = 1 << 19, 1 << 12  # bytes read at once where members are small, and where they are not
+NEAR, FAR = 1 << 21, 1 << 12  # bytes read at once where members are small, and where they are not
 SMALL = 1 << 13  # bytes of a member, on average
 
 Members = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -49,12 +49,16 @@ def plain_members(stream: BinaryIO) -> Iterator[Members]:
         places.append(at + np.array(rows, np.int64) * BLOCK)
         found, held = found + len(rows), held + len(rows)
         if held and (ended or held >= HEADERS):
-            yield _checked(np.concatenate(headers), np.concatenate(places), end)
+            yield _checked(_joined(headers), _joined(places), end)
             headers, places, held = [], [], 0
         if ended:
             _check_end(stream, at)
             return
         at += behind * BLOCK
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)  # of small members it is one: a copy less
 
 
 def _chained(blocks: np.ndarray) -> tuple[np.ndarray, int] | None:
@@ -165,10 +169,11 @@ def _checked(headers: np.ndarray, places: np.ndarray, end: int) -> Members:
 
 
 def _names(headers: np.ndarray) -> np.ndarray:
-    letters = np.ascontiguousarray(headers[:, :NAME])
+    longest = int(np.flatnonzero(headers[:, :NAME].max(0, initial=0)).max(initial=0)) + 1
+    letters = np.ascontiguousarray(headers[:, :longest])
     if ((letters[:, :-1] == 0) & (letters[:, 1:] != 0)).any():  # behind its end
         raise OddError("name")
-    names = letters.view(f"S{NAME}")[:, 0]
+    names = letters.view(f"S{longest}")[:, 0]
     if not headers[:, PREFIX].any():
         return names
     if (headers[:, 257:263] != np.frombuffer(b"ustar\0", np.uint8)).any():

@@ -21,12 +21,11 @@ from vlmzoo.data.sources.packed import Texts, caption
 from vlmzoo.data.sources.parquet import matching
 from vlmzoo.data.sources.source import Source, checked, file_ends, files_fingerprint, unreadable
 from vlmzoo.data.sources.tar import Members, OddError, any_members, plain_members
-from vlmzoo.data.storage import FilePart, Place, name_of, opened, read_range
+from vlmzoo.data.storage import FilePart, Place, name_of, opened, read_range, readers
 from vlmzoo.files import computed_once
 
 TALK, CAPTION, IMAGE, NOTHING = range(4)
 TEXTS = {".json": TALK, ".txt": CAPTION}
-READERS, DISK_READERS = 8, 2  # shards that are looked through at once: behind URLs, where each waits, and on a disk
 
 
 class WebDataset(Source):
@@ -133,7 +132,7 @@ def braces(path: str) -> list[str]:
 
 def _index(shards: list[Place]) -> dict[str, np.ndarray]:
     """Where every member stands, which record has it, and what records are called; packed."""
-    with ThreadPoolExecutor(DISK_READERS if isinstance(shards[0], Path) else READERS) as pool:
+    with ThreadPoolExecutor(readers(shards[0])) as pool:
         parts = list(pool.map(_shard_index, shards))
     found = {name: np.concatenate([part[name] for part in parts]) for name in ("starts", "sizes", "kinds", "keys")}
     found["records"] = np.cumsum([len(part["members"]) for part in parts])
@@ -195,18 +194,15 @@ def _keys_and_kinds(names: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if (slashes := letters == ord("/")).any():
         behind = width - slashes[:, ::-1].argmax(1)
         dots &= columns >= np.where(slashes.any(1), behind, 0)[:, None]
-    lengths = np.char.str_len(names)
-    dot = np.where(dots.any(1), dots.argmax(1), lengths).astype(np.int32)
-    longest = int((lengths - dot).max(initial=0))
-    places = dot[:, None] + np.arange(longest)
-    endings = np.take_along_axis(letters, np.minimum(places, width - 1), 1) * (places < width)
+    dot = np.where(dots.any(1), dots.argmax(1), width).astype(np.int32)
     keys = letters * (columns < dot[:, None])
-    kinds = map(_kind, endings.view(f"S{longest}")[:, 0].tolist()) if longest else [NOTHING] * len(names)
-    return keys.view(f"S{width}")[:, 0], np.fromiter(kinds, np.uint8, len(names))
+    endings = (letters - keys).view(f"S{width}")[:, 0]  # zeros before them
+    kinds = np.fromiter(map(_kind, endings.tolist()), np.uint8, len(names))
+    return keys.view(f"S{width}")[:, 0], kinds
 
 
 @lru_cache  # a few endings, asked for by every member
 def _kind(ending: bytes) -> int:
-    """What a member with this ending, from the dot on, is to its record."""
-    text = ending.decode(errors="replace").lower()
+    """What a member with this ending, from the dot on and behind zeros, is to its record."""
+    text = ending.lstrip(b"\0").decode(errors="replace").lower()
     return IMAGE if text.endswith(IMAGES) else TEXTS.get(text, NOTHING)
