@@ -53,14 +53,14 @@ def test_parts_of_a_list_find_what_the_whole_finds(between: bytes, values: list[
     """Cut between objects, and cut anywhere: in texts, behind backslashes, behind the list."""
     data = (json.dumps(values, ensure_ascii=False) + tail).encode()
     found = []
-    for part in (1 << 27, size):
+    for part, chunk in ((1 << 27, 1 << 18), (size, 1 << 18), (size, 5)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(scan, "opened", lambda file: Slow(data, 1 << 18))
+            patch.setattr(scan, "opened", lambda file, chunk=chunk: Slow(data, chunk))
             patch.setattr(scan, "PART", part)
             patch.setattr(scan, "BETWEEN", re.compile(between))
             found.append(scan.json_list(Path("data.json")))
-    assert found[1][0].tolist() == found[0][0].tolist()
-    assert found[1][1] == found[0][1] == len(json.dumps(values, ensure_ascii=False).encode())
+    assert found[2][0].tolist() == found[1][0].tolist() == found[0][0].tolist()
+    assert found[2][1] == found[1][1] == found[0][1] == len(json.dumps(values, ensure_ascii=False).encode())
 
 
 class Slow(io.BytesIO):
