@@ -12,7 +12,7 @@ import numpy as np
 
 from vlmzoo.data.storage import Place, opened, read_range, readers
 
-CHUNK = 1 << 18  # bytes, a multiple of WORD: what stays in a core's cache
+CHUNK = 1 << 20  # bytes, a multiple of WORD: near a core's cache, and so much work that threads seldom wait
 PART = 1 << 27  # bytes of a list that are looked through in one go
 BETWEEN = re.compile(rb'\}\s*,\s*\{\s*"')  # two objects, and hardly ever a text
 WORD = 64  # bytes, each of which is a bit of an integer
